@@ -627,7 +627,8 @@ def test_after_any_edits_the_reported_objects_are_those_of_a_fresh_reader(tmp_pa
             case _:
                 chance.shuffle(documents)
         comment = "# a comment\n" * chance.randrange(2)
-        file.write_text(comment + "---\n".join(_numbered(*document) for document in documents) or "# nothing\n")
+        separator = chance.choice(["---\n", "---\n# a document of words alone\n---\n"])
+        file.write_text(comment + separator.join(_numbered(*document) for document in documents) or "# nothing\n")
         os.utime(file, ns=(turn, turn))
     source._read()
 

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -31,6 +31,8 @@ _PAUSE_S = 2 * _SLICE_S
 
 # Path and text identify a document. Its line may change with each edit above it.
 _Text = tuple[str, str]
+# Each object in the form for the linter, with the diagnostics on it alone.
+_Examined = Sequence[tuple[Manifest, Sequence[Diagnostic]]]
 # New findings, and faults that are fixed.
 _Outcome = tuple[list[Finding], list[Finding]]
 
@@ -51,7 +53,7 @@ class Advisor:
 
     def __init__(self, options: LintOptions) -> None:
         self._linter = Linter(options)
-        self._examined: dict[_Text, list[tuple[Manifest, list[Diagnostic]]]] = {}
+        self._examined: dict[_Text, _Examined] = {}
         self._changes: deque[tuple[Sequence[Document], Sequence[Document]]] = deque()
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -67,7 +69,7 @@ class Advisor:
 
     def examine(self, document: Document, manifests: Sequence[Manifest]) -> None:
         """Check each of the *manifests* in *document* by itself, and keep the results for `run`. Thread-safe."""
-        self._examined[document.path, document.text] = list(map(self._linter.examine, manifests))
+        self._examined[document.path, document.text] = tuple(map(self._linter.examine, manifests))
 
     def note(self, gone: Sequence[Document], came: Sequence[Document]) -> None:
         """Queue a check of documents that disappeared and of new ones. Thread-safe."""
@@ -110,12 +112,13 @@ class Advisor:
         yield from self._linter.work()
         return self._compare(self._linter.take_changed())
 
-    def _add(self, text: _Text, examined: list[tuple[Manifest, list[Diagnostic]]] | None) -> tuple[Manifest, ...]:
+    def _add(self, text: _Text, examined: _Examined | None) -> tuple[Manifest, ...]:
         """Add the objects of a document to the linter; *examined* is None for a document with problems."""
         if examined is None:
-            examined = list(map(self._linter.examine, parse(Document(text[0], 1, text[1]), for_check=True)[0]))
-        for found in examined:
-            self._linter.add(*found)
+            examined = tuple(map(self._linter.examine, parse(Document(text[0], 1, text[1]), for_check=True)[0]))
+        for held, own in examined:
+            held.plain = None
+            self._linter.add(held, own)
         return tuple(held for held, _ in examined)
 
     def _take_changes(self) -> list[_Text]:
@@ -131,7 +134,7 @@ class Advisor:
                     entry.line = document.line
         return sorted(touched, key=lambda text: touched[text].count > 0)
 
-    def _compare(self, changed: dict[Hashable, list[Diagnostic]]) -> _Outcome:
+    def _compare(self, changed: Mapping[Hashable, Sequence[Diagnostic]]) -> _Outcome:
         news, ended = [], []
         for key, diagnostics in changed.items():
             now = {

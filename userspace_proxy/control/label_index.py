@@ -1,7 +1,7 @@
 """Finds the Pods that a Service may select, and the Services that may select a Pod. Pure."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 from userspace_proxy.model.names import NamespacedName
@@ -14,16 +14,23 @@ _LabelKey = tuple[str, str, str]
 class LabelIndex(Generic[T]):
     """Indexes Pods by each of their labels, and Services by the first label of their selectors.
 
-    The first label is the first by name. Every match has it, so a search looks at few Pods.
+    The first label is the first by name. Every match has it, so a search looks at few Pods. Services are indexed from
+    the first Pod on. *selectors* returns the selectors of each Service.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, selectors: Callable[[], Iterable[tuple[NamespacedName, Iterable[Mapping[str, str]]]]]) -> None:
+        self._selectors = selectors
+        self._has_had_pods = False
         self._pods: dict[_LabelKey, dict[Hashable, T]] = defaultdict(dict)
         self._selecting: dict[_LabelKey, set[NamespacedName]] = defaultdict(set)
         self._keys_of: dict[NamespacedName, tuple[_LabelKey, ...]] = {}
 
     def add(self, key: Hashable, namespace: str, labels: Mapping[str, str], pod: T) -> set[NamespacedName]:
         """Add *pod* under *key*; return the Services that may select it."""
+        if not self._has_had_pods:
+            self._has_had_pods = True
+            for of_service in self._selectors():
+                self.set_selectors(*of_service)
         keys = [(namespace, *label) for label in labels.items()]
         for label in keys:
             self._pods[label][key] = pod
@@ -40,6 +47,8 @@ class LabelIndex(Generic[T]):
 
     def set_selectors(self, name: NamespacedName, selectors: Iterable[Mapping[str, str]]) -> None:
         """Set the selectors of the Service *name*."""
+        if not self._has_had_pods:
+            return
         for key in self._keys_of.pop(name, ()):
             self._selecting[key].discard(name)
             if not self._selecting[key]:

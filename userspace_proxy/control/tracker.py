@@ -64,7 +64,9 @@ class Tracker:
         self._service_of_slice: dict[NamespacedName, NamespacedName] = {}
         self._endpoints: dict[NamespacedName, api.Endpoints] = {}
         self._pods: dict[NamespacedName, api.Pod] = {}
-        self._pods_by_label = LabelIndex[api.Pod]()
+        self._pods_by_label = LabelIndex[api.Pod](
+            lambda: ((name, self._selectors(name)) for name in self._services.keys() | self._served.keys())
+        )
         self._changed: set[NamespacedName] = set()
         self._ports_of: dict[NamespacedName, tuple[ServicePortName, ...]] = {}
         self._service_ports: dict[ServicePortName, ServicePort] = {}
@@ -154,7 +156,7 @@ class Tracker:
             self._since.pop(name, None)
             self._origins.pop(name, None)
         self._faults.pop(name, None)
-        self._index_selectors(name)
+        self._pods_by_label.set_selectors(name, self._selectors(name))
         self._changed.add(name)
 
     def _report(
@@ -173,11 +175,11 @@ class Tracker:
             log.error("%s%s", reason, "; its last good version goes on serving" if kept else "")
         problems[name] = reason
 
-    def _index_selectors(self, name: NamespacedName) -> None:
-        """Index *name* by the selectors of its latest version and of the served one."""
-        versions = (self._services.get(name), self._served.get(name))
-        selectors = [v.spec.selector for v in versions if v is not None and v.spec is not None and v.spec.selector]
-        self._pods_by_label.set_selectors(name, selectors)
+    def _selectors(self, name: NamespacedName) -> Iterator[Mapping[str, str]]:
+        """Yield the selectors of the latest version of *name* and of the served one."""
+        for version in (self._services.get(name), self._served.get(name)):
+            if version is not None and version.spec is not None and version.spec.selector:
+                yield version.spec.selector
 
     def _set_slice(self, name: NamespacedName, given: object) -> None:
         before = self._service_of_slice.pop(name, None)
@@ -307,7 +309,7 @@ class Tracker:
         self._conflicts.pop(name, None)
         self._partial_problems.pop(name, None)
         if self._served.pop(name, None) is not None:
-            self._index_selectors(name)
+            self._pods_by_label.set_selectors(name, self._selectors(name))
         self._replace(name, {}, {})
 
     def _update_service(self, name: NamespacedName, service: api.Service) -> None:
@@ -329,7 +331,7 @@ class Tracker:
             self._partial_problems.pop(name, None)
         if self._served.get(name) is not service:
             self._served[name] = service
-            self._index_selectors(name)
+            self._pods_by_label.set_selectors(name, self._selectors(name))
 
     def _serve(self, name: NamespacedName, service: api.Service, allocation: decode.Allocation) -> list[ConfigError]:
         """Compute the ports of *service* and their endpoints; return the problems of its parts."""

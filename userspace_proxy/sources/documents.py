@@ -41,12 +41,12 @@ _DUPLICATES_MAX = 10
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Manifest:
     """One object of a document; ``object`` is None for a kind that the proxy does not read.
 
-    ``plain``: the values as written, or None if they are no longer needed. With ``for_check``, ``errors`` are the
-    values of a wrong type. Then ``object`` is built without these values, or None if that is not possible.
+    ``plain``: the values as written; set it to None when they are no longer needed. With ``for_check``, ``errors`` are
+    the values of a wrong type. Then ``object`` is built without these values, or None if that is not possible.
     """
 
     kind: str
@@ -81,22 +81,17 @@ class Problem:
         return f"{self.where}: {self.error}"
 
 
-def split(path: str, text: str, line: int = 1, start: int = 0) -> Iterator[Document]:
-    """Yield the documents of *text*; skip those with nothing but comments and directives.
+def split(path: str, text: str, line: int = 1, start: int = 0, *, all_text: bool = False) -> Iterator[Document]:
+    """Yield the documents of *text*; skip those without content, unless *all_text* is given.
 
     *line* and *start* are the position of *text* in its file.
     """
     starts = [0, *(match.start() for match in _SEPARATOR.finditer(text))]
     for here, end in zip(starts, [*starts[1:], len(text)], strict=True):
-        part = text[here:end]
-        if any(_has_content(row) for row in part.splitlines()):
-            yield Document(path, line, part, start + here)
-        line += part.count("\n")
-
-
-def _has_content(row: str) -> bool:
-    row = row.removeprefix("---").strip()
-    return bool(row) and row != "..." and not row.startswith(("#", "%"))
+        document = Document(path, line, text[here:end], start + here)
+        if document.text and (all_text or document.has_content):
+            yield document
+        line += document.text.count("\n")
 
 
 def parse(document: Document, *, for_check: bool = False) -> tuple[list[Manifest], list[Problem]]:
@@ -266,7 +261,7 @@ def _is_of_another_tool(plain: object) -> bool:
     """
     if isinstance(plain, list):
         return all(isinstance(item, dict) and _is_of_another_tool(item) for item in plain)
-    if not isinstance(plain, dict):
+    if not isinstance(plain, dict) or "kind" in plain:
         return False
     names = {str(key).lower() for key in plain}
     if names & {"kind", "metadata", "spec"} or ("apiversion" in names and "version" not in names):

@@ -62,30 +62,32 @@ class _Part:
     """One document, its objects and its problems."""
 
     document: Document
-    manifests: list[Manifest]
-    problems: list[Problem]
+    manifests: tuple[Manifest, ...]
+    problems: tuple[Problem, ...] = ()
 
     def at(self, document: Document) -> _Part:
         """Return the same objects at the position of *document*.
 
         Only messages need the position; for the tracker nothing has changed.
         """
-        return _Part(document, [replace(m, place=replace(m.place, document=document)) for m in self.manifests], [])
+        return _Part(document, tuple(replace(m, place=replace(m.place, document=document)) for m in self.manifests))
 
     def moved(self, lines: int, offset: int) -> _Part:
-        here = self.document
-        document = replace(here, line=here.line + lines, start=here.start + offset)
-        return self.at(document) if lines else _Part(document, self.manifests, [])
+        document = replace(self.document, line=self.document.line + lines, start=self.document.start + offset)
+        return self.at(document) if lines else _Part(document, self.manifests)
 
 
 @dataclass(slots=True)
 class _File:
-    """One file as last read: its stat values, its text, and its documents in order."""
+    """One file as last read: its stat values, and its documents in order, which are the whole text."""
 
     seen: tuple[int, ...] = ()
-    text: str = ""
     parts: list[_Part] = field(default_factory=list)
     emptied: bool = False
+
+    @property
+    def text(self) -> str:
+        return "".join(part.document.text for part in self.parts)
 
     @property
     def problems(self) -> list[Problem]:
@@ -119,7 +121,7 @@ class FileSource:
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = list(dict.fromkeys(path if path == STDIN else str(Path(path)) for path in paths))
         self._files: dict[str, _File] = {}
-        self._holders: dict[ObjectKey, list[Manifest]] = {}  # several manifests: duplicates
+        self._holders: dict[ObjectKey, tuple[Manifest, ...]] = {}  # several manifests: duplicates
         self._duplicated: set[ObjectKey] = set()
         self._reported: dict[ObjectKey, Manifest] = {}
         self._possibly_hidden: set[ObjectKey] = set()  # reported, no longer found, but a fault may hide them
@@ -329,7 +331,7 @@ class FileSource:
             return None
         text = read(path)
         file = self._files.setdefault(path, _File())
-        if file.text and not text and not file.emptied:
+        if file.parts and not text and not file.emptied:
             file.emptied = True  # a writer may have truncated it; the next read accepts an empty file
             self._emptied.add(path)
             return None
@@ -339,37 +341,39 @@ class FileSource:
 
     def _take(self, file: _File, path: str, text: str, change: _Change) -> None:
         """Parse the changed part of *text*; unchanged documents at the start and the end are kept."""
-        old = file.parts
+        old, old_text = file.parts, file.text
         # A document is unchanged only if the separator after it is, too. A document with problems is parsed again.
-        same = _common_start(file.text, text) - len("--- ")
+        same = _common_start(old_text, text) - len("--- ")
         head = 0
         while head < len(old) and old[head].document.end <= same and not old[head].problems:
             head += 1
         first = old[head - 1].document.end if head else 0
-        same = len(file.text) - _common_start(file.text[first:][::-1], text[first:][::-1])
+        same = len(old_text) - _common_start(old_text[first:][::-1], text[first:][::-1])
         tail = len(old)
         while tail > head and old[tail - 1].document.start > same and not old[tail - 1].problems:
             tail -= 1
-        last = old[tail].document.start if tail < len(old) else len(file.text)
+        last = old[tail].document.start if tail < len(old) else len(old_text)
 
-        offset = len(text) - len(file.text)
+        offset = len(text) - len(old_text)
         line = 1 + text.count("\n", 0, first)
         by_text = {part.document.text: part for part in old[head:tail] if not part.problems}
         middle = [
             held.at(document) if (held := by_text.get(document.text)) else self._parsed(document)
-            for document in split(path, text[first : last + offset], line, first)
+            for document in split(path, text[first : last + offset], line, first, all_text=True)
         ]
-        lines = text.count("\n", first, last + offset) - file.text.count("\n", first, last)
+        lines = text.count("\n", first, last + offset) - old_text.count("\n", first, last)
         moved = [part.moved(lines, offset) for part in old[tail:]]
         change.gone += old[head:] if lines else old[head:tail]
         change.came += [*middle, *moved] if lines else middle
-        file.text, file.parts = text, [*old[:head], *middle, *moved]
+        file.parts = [*old[:head], *middle, *moved]
 
     def _parsed(self, document: Document) -> _Part:
-        manifests, problems = parse(document)
+        manifests, problems = parse(document) if document.has_content else ([], [])
         if self.observer is not None and not problems:
             self.observer.examine(document, manifests)
-        return _Part(document, [replace(manifest, plain=None) for manifest in manifests], problems)
+        for manifest in manifests:
+            manifest.plain = None
+        return _Part(document, tuple(manifests), tuple(problems))
 
     # ---- events
 
@@ -409,20 +413,21 @@ class FileSource:
         for manifest in gone:
             key = (manifest.kind, manifest.name)
             touched[key] = None
-            self._holders[key] = [held for held in self._holders[key] if held is not manifest]
+            self._holders[key] = tuple(held for held in self._holders[key] if held is not manifest)
         for manifest in (manifest for part in change.came for manifest in part.manifests):
             if manifest.object is None:
                 self._skip(manifest)
             else:
                 key = (manifest.kind, manifest.name)
                 touched[key] = None
-                self._holders.setdefault(key, []).append(manifest)
+                self._holders[key] = (*self._holders.get(key, ()), manifest)
         self._duplicated -= touched.keys()
         repeated = {key for key in touched if len(self._holders[key]) > 1}
         order = {path: index for index, path in enumerate(self._files)} if repeated else {}
         for key in touched:
             if key in repeated:
-                self._holders[key].sort(key=lambda m: (order.get(m.place.document.path, -1), m.place.document.line))
+                places = {m: (order.get(m.place.document.path, -1), m.place.document.line) for m in self._holders[key]}
+                self._holders[key] = tuple(sorted(places, key=places.__getitem__))
             elif not self._holders[key]:
                 del self._holders[key]
         self._duplicated |= repeated

@@ -29,6 +29,12 @@ class Document:
     def end(self) -> int:
         return self.start + len(self.text)
 
+    @property
+    def has_content(self) -> bool:
+        """Whether there is more than comments and directives."""
+        rows = (row.removeprefix("---").strip() for row in self.text.splitlines())
+        return any(row and row != "..." and not row.startswith(("#", "%")) for row in rows)
+
     def cut(self, lines: list[int]) -> list[Document]:
         """Return the document in pieces; each piece but the first begins at one of *lines*, counted from 0."""
         rows = self.text.splitlines(keepends=True)

@@ -1,7 +1,7 @@
 """Indexes manifests for the checks, and finds the Services that a change may affect. Pure."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,31 +20,31 @@ class Index:
 
     def __init__(self) -> None:
         self.services: dict[NamespacedName, list[Manifest]] = {}
-        self.namespaces_of: dict[str, set[str]] = defaultdict(set)  # a Service's name -> where there is one
         self.names_in: dict[str, set[str]] = defaultdict(set)  # a namespace -> the names of its Services
         self.pieces: dict[NamespacedName, list[Manifest]] = defaultdict(list)  # slices and Endpoints, by Service
-        self.pieces_in: dict[str, dict[int, Manifest]] = defaultdict(dict)  # by namespace, also those of no Service
-        self._pods = LabelIndex[tuple[Manifest, api.Pod]]()
-        self._in_namespace: dict[str, dict[int, tuple[Manifest, api.Pod]]] = defaultdict(dict)
+        self.pieces_in: dict[str, dict[Manifest, None]] = defaultdict(dict)  # by namespace, also those of no Service
+        self._pods = LabelIndex[tuple[Manifest, api.Pod]](
+            lambda: ((name, self._selectors(name)) for name in self.services)
+        )
+        self._in_namespace: dict[str, dict[Manifest, api.Pod]] = defaultdict(dict)
 
     def add(self, manifest: Manifest) -> set[NamespacedName]:
         """Add *manifest*; return the Services to check again."""
         if manifest.kind == "Service":
             self.services.setdefault(manifest.name, []).append(manifest)
-            self.namespaces_of[manifest.name.name].add(manifest.name.namespace)
             self.names_in[manifest.name.namespace].add(manifest.name.name)
-            self._index_selectors(manifest.name)
+            self._pods.set_selectors(manifest.name, self._selectors(manifest.name))
             return {manifest.name}
         if is_piece(manifest):
-            self.pieces_in[manifest.name.namespace][id(manifest)] = manifest
+            self.pieces_in[manifest.name.namespace][manifest] = None
         if (name := service_of(manifest)) is not None:
             self.pieces[name].append(manifest)
             return {name}
         pod = manifest.object
         if not (isinstance(pod, api.Pod) and pod.metadata.labels):
             return set()
-        self._in_namespace[manifest.name.namespace][id(manifest)] = manifest, pod
-        return self._pods.add(id(manifest), manifest.name.namespace, pod.metadata.labels, (manifest, pod))
+        self._in_namespace[manifest.name.namespace][manifest] = pod
+        return self._pods.add(manifest, manifest.name.namespace, pod.metadata.labels, (manifest, pod))
 
     def remove(self, manifest: Manifest) -> set[NamespacedName]:
         """Remove *manifest*; return the Services to check again."""
@@ -53,21 +53,21 @@ class Index:
             self.services[name].remove(manifest)
             if not self.services[name]:
                 del self.services[name]
-                self.namespaces_of[name.name].discard(name.namespace)
                 self.names_in[name.namespace].discard(name.name)
-            self._index_selectors(name)
+            self._pods.set_selectors(name, self._selectors(name))
             return {name}
-        self.pieces_in[name.namespace].pop(id(manifest), None)
+        self.pieces_in[name.namespace].pop(manifest, None)
         if (of := service_of(manifest)) is not None:
             self.pieces[of].remove(manifest)
             return {of}
-        self._in_namespace[name.namespace].pop(id(manifest), None)
+        self._in_namespace[name.namespace].pop(manifest, None)
         labels = manifest.object.metadata.labels if isinstance(manifest.object, api.Pod) else None
-        return self._pods.remove(id(manifest), name.namespace, labels or {})
+        return self._pods.remove(manifest, name.namespace, labels or {})
 
-    def _index_selectors(self, name: NamespacedName) -> None:
-        specs = [held.object.spec for held in self.services.get(name, ()) if isinstance(held.object, api.Service)]
-        self._pods.set_selectors(name, [spec.selector for spec in specs if spec is not None and spec.selector])
+    def _selectors(self, name: NamespacedName) -> Iterator[Mapping[str, str]]:
+        for held in self.services.get(name, ()):
+            if isinstance(held.object, api.Service) and held.object.spec is not None and held.object.spec.selector:
+                yield held.object.spec.selector
 
     def selected(self, namespace: str, selector: Mapping[str, str], *, templates: bool = False) -> list[api.Pod]:
         """Return the Pods in *namespace*, or the templates of workloads, that *selector* matches."""
@@ -83,7 +83,11 @@ class Index:
 
     def pods_in(self, namespace: str) -> Iterable[tuple[Manifest, api.Pod]]:
         """Return the Pods and templates with labels in *namespace*."""
-        return self._in_namespace[namespace].values() if namespace in self._in_namespace else ()
+        return self._in_namespace[namespace].items() if namespace in self._in_namespace else ()
+
+    def namespaces_with(self, service: str) -> Iterable[str]:
+        """Return the namespaces with a Service called *service*."""
+        return (namespace for namespace, names in self.names_in.items() if service in names)
 
     def namespaces(self) -> Iterable[str]:
         return (namespace for namespace, held in self._in_namespace.items() if held)
@@ -112,4 +116,4 @@ def with_template(manifest: Manifest) -> Manifest | None:
         pod = api.convert("Pod", {**plain, "metadata": {**(plain.get("metadata") or {}), "name": str(manifest)}})
     except (ConfigError, TypeError):  # a cluster would refuse it; its own fault is no matter of a proxy
         return None
-    return replace(manifest, object=pod)
+    return replace(manifest, object=pod, plain=None)

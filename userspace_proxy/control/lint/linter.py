@@ -5,7 +5,6 @@ report after each edit what `check` would.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import chain, islice
 
 from userspace_proxy import api
@@ -33,38 +32,32 @@ class Linter:
         self._options = options
         self._allocations = ManifestAllocations(options.cluster_ips, None, options.load_balancer_pool)
         self._index = Index()
-        self._held: dict[int, Manifest] = {}  # by their ids; `run` may read two equal ones
-        self._own: dict[Hashable, list[Diagnostic]] = {}
-        self._shared: dict[Hashable, list[Diagnostic]] = {}
+        self._own: dict[Hashable, Sequence[Diagnostic]] = {}
+        self._shared: dict[Hashable, Sequence[Diagnostic]] = {}
         self._concerned: dict[NamespacedName, None] = {}
         self._changed: dict[Hashable, None] = {}
         # Services without endpoints on which nothing is reported, because a faulty slice or Endpoints may be theirs.
         self._excused: dict[str, dict[NamespacedName, None]] = {}
 
-    def examine(self, manifest: Manifest) -> tuple[Manifest, list[Diagnostic]]:
+    def examine(self, manifest: Manifest) -> tuple[Manifest, Sequence[Diagnostic]]:
         """Return *manifest* in the form to `add`, and the diagnostics on it alone. Changes nothing."""
         held = (with_template(manifest) if manifest.kind in WORKLOADS else None) or manifest
-        held = replace(held, plain=None, errors=())
         errors: Iterable[tuple[ConfigError, bool]] = object_errors(manifest, self._options)
         if self._options.names_unserved and isinstance(manifest.object, api.Service):
             errors = chain(errors, ((note, False) for note in self._unserved(manifest.object)))
-        return held, [Diagnostic(held, *found) for found in errors]
+        return held, tuple(Diagnostic(held, *found) for found in errors)
 
-    def add(self, held: Manifest, own: list[Diagnostic]) -> None:
+    def add(self, held: Manifest, own: Sequence[Diagnostic]) -> None:
         """Add *held* with its *own* diagnostics, and mark the Services to check again."""
-        key = id(held)
-        self._held[key] = held
         if own:
-            self._own[key] = own
-        self._changed[key] = None
+            self._own[held] = own
+        self._changed[held] = None
         self._concerned |= dict.fromkeys(self._index.add(held))
 
     def remove(self, held: Manifest) -> None:
         """Remove *held*, and mark the Services to check again."""
-        key = id(held)
-        del self._held[key]
-        self._own.pop(key, None)
-        self._changed[key] = None
+        self._own.pop(held, None)
+        self._changed[held] = None
         self._concerned |= dict.fromkeys(self._index.remove(held))
         if is_piece(held):
             self._concerned |= self._excused.pop(held.name.namespace, {})
@@ -103,10 +96,10 @@ class Linter:
             for found in diagnostics.values():
                 yield from found
 
-    def take_changed(self) -> dict[Hashable, list[Diagnostic]]:
+    def take_changed(self) -> dict[Hashable, Sequence[Diagnostic]]:
         """Return the diagnostics of each object and Service that was checked since the last call."""
         changed, self._changed = self._changed, {}
-        return {key: self._own.get(key) or self._shared.get(key) or [] for key in changed}
+        return {key: self._own.get(key) or self._shared.get(key) or () for key in changed}
 
     # ---- one Service
 
@@ -142,7 +135,7 @@ class Linter:
         self, manifest: Manifest, service: api.Service, spec: api.objects.ServiceSpec
     ) -> Iterator[Diagnostic]:
         name = manifest.name
-        faults = [found.error for found in self._own.get(id(manifest), ()) if found.is_fault]
+        faults = [found.error for found in self._own.get(manifest, ()) if found.is_fault]
         fields = {error.field for error in faults}
         ports, conflicts = self._allocated_ports(name, service)
         for conflict in conflicts:
@@ -206,11 +199,11 @@ class Linter:
             yield Note(reason, field="spec.externalTrafficPolicy", fix=fix)
 
     def _has_fault(self, manifest: Manifest) -> bool:
-        return any(found.is_fault for found in self._own.get(id(manifest), ()))
+        return any(found.is_fault for found in self._own.get(manifest, ()))
 
     def _has_faulty_stray(self, namespace: str) -> bool:
         """Return whether a slice or Endpoints in *namespace* has a fault and belongs to no Service."""
-        some = islice(self._index.pieces_in[namespace].values(), _STRAYS_MAX)
+        some = islice(self._index.pieces_in[namespace], _STRAYS_MAX)
         strays = ((piece, of) for piece in some if (of := service_of(piece)) not in self._index.services)
         return any(self._has_fault(piece) or self._has_wrong_name(piece, of) for piece, of in strays)
 

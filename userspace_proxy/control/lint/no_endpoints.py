@@ -229,7 +229,7 @@ def _meant_services(index: Index, name: NamespacedName, *, is_empty: bool) -> It
         spec = service.spec if isinstance(service, api.Service) else None
         return not (spec and (spec.selector or spec.type == "ExternalName"))
 
-    if elsewhere := sorted(space for space in index.namespaces_of.get(name.name, ()) if waits(space, name.name)):
+    if elsewhere := sorted(space for space in index.namespaces_with(name.name) if waits(space, name.name)):
         yield f"write 'namespace: {elsewhere[0]}', where the Service {name.name} is"
     names = index.names_in.get(name.namespace, set())
     if (match := _closest(name.name, names)) and waits(name.namespace, match):
