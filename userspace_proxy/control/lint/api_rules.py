@@ -185,22 +185,3 @@ def _add_errors(errors: list[ConfigError], tree: _Tree, given: object, steps: _S
     elif isinstance(given, list) and (each := tree.get("[]")) is not None:
         for index, item in enumerate(given):
             _add_errors(errors, each, item, (*steps, index))
-
-
-def values_at(plain: object, path: str) -> list[tuple[_Steps, Any]]:
-    """Return (steps, value) for each value in *plain* at *path*, which is written as in `Rule`."""
-    found: list[tuple[_Steps, Any]] = [((), plain)]
-    for step in path.split("."):
-        found = [below for steps, value in found if isinstance(value, dict) for below in _children(value, step, steps)]
-    return [pair for pair in found if pair[1] is not None]
-
-
-def _children(plain: _Plain, step: str, steps: _Steps) -> Iterable[tuple[_Steps, Any]]:
-    if step == "{}":
-        return (((*steps, str(key)), key) for key in plain)
-    if step == "*":
-        return (((*steps, str(key)), value) for key, value in plain.items())
-    value = plain.get(name := step.removesuffix("[]"))
-    if name == step:
-        return (((*steps, name), value),)
-    return (((*steps, name, index), item) for index, item in enumerate(value if isinstance(value, list) else ()))

@@ -4,9 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.lint.api_rules import values_at
 from userspace_proxy.control.pools import NODE_PORTS
 from userspace_proxy.errors import ConfigError, Note
 
@@ -123,9 +121,9 @@ def _service_errors(plain: _Plain) -> Iterator[ConfigError]:
         return
     for relation in RELATIONS:
         if relation.is_wrong(spec):
-            # The first of the fields that are set, if the relation is about any of several.
-            is_set = (api.field_of(steps) for steps, value in values_at(plain, relation.field) if value)
-            yield ConfigError(relation.demand, field=next(is_set, relation.field.partition("[]")[0]), fix=relation.fix)
+            with_node_port = (index for index, port in enumerate(spec.get("ports") or ()) if port.get("nodePort"))
+            field = relation.field.replace("[]", f"[{next(with_node_port, 0)}]")
+            yield ConfigError(relation.demand, field=field, fix=relation.fix)
     if spec.get("loadBalancerIP") and _type(spec) != "LoadBalancer":
         reason = f"it has no effect in a {_type(spec)} Service"
         yield Note(reason, field="spec.loadBalancerIP", fix="write 'type: LoadBalancer', or leave it out")
