@@ -3,7 +3,7 @@
 A Service keeps its value until it requests another one that is available.
 """
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from enum import Enum
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ class ValueRequest(NamedTuple):
 
 
 class _Held(NamedTuple):
+    key: str
     kind: ValueKind
     value: Value
     allocated: bool
@@ -61,7 +62,7 @@ class ValueClaims:
     def __init__(self, pools: Iterable[Pool]) -> None:
         self._pools = tuple(pools)
         self._holders: dict[Value, NamespacedName] = {}
-        self._held: dict[NamespacedName, dict[str, _Held]] = {}
+        self._held: dict[NamespacedName, tuple[_Held, ...]] = {}  # in the order requested
         self.evicted: set[NamespacedName] = set()
         self.changes = 0
 
@@ -70,14 +71,14 @@ class ValueClaims:
 
     def held(self, name: NamespacedName, kind: ValueKind) -> dict[str, Value]:
         """Return key -> value of the *kind* that *name* holds, in the order requested."""
-        return {key: held.value for key, held in self._held.get(name, {}).items() if held.kind is kind}
+        return {held.key: held.value for held in self._held.get(name, ()) if held.kind is kind}
 
     def allocated(self, kind: ValueKind) -> dict[str, Value]:
         """Return key -> value for all allocated values of *kind*, to be saved for the next process."""
         return {
-            key: held.value
+            held.key: held.value
             for holdings in self._held.values()
-            for key, held in holdings.items()
+            for held in holdings
             if held.kind is kind and held.allocated
         }
 
@@ -87,7 +88,7 @@ class ValueClaims:
         Raises:
             ConfigError: another Service holds a required value, or the pool is used up. Nothing was changed.
         """
-        before = dict(self._held.get(name, {}))
+        before = {held.key: held for held in self._held.get(name, ())}
         wanted = {request.key: request for request in requests}
         kept = [key for key, held in before.items() if _is_met(wanted.get(key), held)]
         if kept == list(before) == list(wanted):
@@ -104,18 +105,19 @@ class ValueClaims:
             problems = self._take_all(name, requests)
         except ConfigError:
             self.release(name)
-            for key, held in before.items():
-                self._take(name, key, held)
+            for held in before.values():
+                self._take(name, held)
             raise
         # The order requested is kept, because it tells the primary IP family from the secondary.
-        holdings = self._held.pop(name, {})
-        if ordered := {key: holdings[key] for key in wanted if key in holdings}:
+        holdings = {held.key: held for held in self._held.pop(name, ())}
+        if ordered := tuple(holdings[key] for key in wanted if key in holdings):
             self._held[name] = ordered
         return problems
 
     def _take_all(self, name: NamespacedName, requests: Sequence[ValueRequest]) -> list[ConfigError]:
         problems = []
-        missing = [request for request in requests if request.key not in self._held.get(name, {})]
+        has = {held.key for held in self._held.get(name, ())}
+        missing = [request for request in requests if request.key not in has]
         for request in sorted(missing, key=lambda request: request.stated is None):  # no pool may allocate a stated one
             error = self._conflict(name, request)
             value = request.stated
@@ -127,22 +129,22 @@ class ValueClaims:
             if error is not None:
                 problems.append(error)
             elif value is not None:
-                self._take(name, request.key, _Held(request.kind, value, allocated=request.stated is None))
+                self._take(name, _Held(request.key, request.kind, value, allocated=request.stated is None))
         return problems
 
     def _conflict(self, name: NamespacedName, request: ValueRequest) -> ConfigError | None:
         """Return an error if another holder keeps the value that *request* states, else None."""
         if request.stated is None or request.stated not in self._holders:
             return None
-        holder, _, held = self._holding(request.stated)
+        holder, held = self._holding(request.stated)
         if holder != name and held.allocated and held.kind in _STATED_WINS:
             return None
         reason = f"{request.stated} is already the {held.kind.value} of {holder}"
         return ConfigError(reason, field=request.field, fix="choose another one, or none")
 
-    def _holding(self, value: Value) -> tuple[NamespacedName, str, _Held]:
+    def _holding(self, value: Value) -> tuple[NamespacedName, _Held]:
         holder = self._holders[value]
-        return next((holder, key, held) for key, held in self._held[holder].items() if held.value == value)
+        return next((holder, held) for held in self._held[holder] if held.value == value)
 
     def apply_moves(self, requests: Mapping[NamespacedName, Sequence[ValueRequest]]) -> None:
         """Move Services to the values they now state, if every current holder gives its value up.
@@ -159,16 +161,16 @@ class ValueClaims:
         for name, stated in moves.items():
             for value, request in stated:
                 if self._holders.get(value) != name:
-                    self._take(name, request.key, _Held(request.kind, value, allocated=False))
+                    self._take(name, _Held(request.key, request.kind, value, allocated=False))
 
     def _given_up(self, name: NamespacedName, requests: Sequence[ValueRequest]) -> list[str]:
         """Return the keys of the values that *name* holds and no longer requests."""
         wanted = {request.key: request for request in requests}
-        return [key for key, held in self._held.get(name, {}).items() if not _is_met(wanted.get(key), held)]
+        return [held.key for held in self._held.get(name, ()) if not _is_met(wanted.get(held.key), held)]
 
     def _blocked(self, moves: _Moves, leaves: Mapping[NamespacedName, Sequence[str]]) -> list[NamespacedName]:
         """Return the Services of *moves* that state a value which its holder keeps or an earlier Service claims."""
-        left = {self._held[name][key].value for name in moves for key in leaves[name]}
+        left = {held.value for name in moves for held in self._held[name] if held.key in leaves[name]}
         claims: dict[Value, NamespacedName] = {}
         blocked = []
         for name, stated in sorted(moves.items()):
@@ -182,31 +184,31 @@ class ValueClaims:
 
     # ---- one value
 
-    def _take(self, name: NamespacedName, key: str, held: _Held) -> None:
+    def _take(self, name: NamespacedName, held: _Held) -> None:
         if held.value in self._holders:  # a stated value takes precedence over an allocated one
-            holder, its_key, _ = self._holding(held.value)
-            self._drop(holder, [its_key])
+            holder, its = self._holding(held.value)
+            self._drop(holder, [its.key])
             self.evicted.add(holder)
         self._holders[held.value] = name
-        self._held.setdefault(name, {})[key] = held
+        self._held[name] = (*self._held.get(name, ()), held)
         self.changes += 1
         for pool in self._pools if held.allocated else ():
-            pool.take(key, held.value)
+            pool.take(held.key, held.value)
 
-    def _drop(self, name: NamespacedName, keys: Iterable[str]) -> None:
-        holdings = self._held.get(name, {})
-        for key in keys:
-            held = holdings.pop(key)
-            del self._holders[held.value]
-            self.changes += 1
-            for pool in self._pools if held.allocated else ():
-                pool.release(key, held.value)
-        if not holdings:
-            self._held.pop(name, None)
+    def _drop(self, name: NamespacedName, keys: Collection[str]) -> None:
+        holdings = self._held.pop(name, ())
+        for held in holdings:
+            if held.key in keys:
+                del self._holders[held.value]
+                self.changes += 1
+                for pool in self._pools if held.allocated else ():
+                    pool.release(held.key, held.value)
+        if kept := tuple(held for held in holdings if held.key not in keys):
+            self._held[name] = kept
 
     def release(self, name: NamespacedName) -> None:
         """Release all values of *name*; allocated ones are reserved for it if it comes back."""
-        self._drop(name, list(self._held.get(name, {})))
+        self._drop(name, {held.key for held in self._held.get(name, ())})
 
 
 def _required(requests: Sequence[ValueRequest]) -> list[tuple[Value, ValueRequest]]:
