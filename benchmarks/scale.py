@@ -6,6 +6,7 @@ Run it with `make bench-scale`. It builds its hosts in private namespaces and pr
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import signal
 import statistics
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import userspace_proxy
 from benchmarks.memory import pss_kib
 from userspace_proxy.compare.meters import children, process_cpu_s
 from userspace_proxy.lab import (
@@ -184,6 +186,7 @@ def main() -> None:
     arguments = parser.parse_args()
     enter_namespaces(sys.argv[1:], {}, module="benchmarks.scale")
     prepare()
+    compileall.compile_dir(Path(userspace_proxy.__file__).parent, quiet=1)  # as those of an installed package are
     with tempfile.TemporaryDirectory() as folder, Lab() as lab:
         world = build_service_lab(lab, pods=2)
         for pod in world.pods:
