@@ -23,7 +23,7 @@ class Index:
         self.names_in: dict[str, set[str]] = defaultdict(set)  # a namespace -> the names of its Services
         self.pieces: dict[NamespacedName, list[Manifest]] = defaultdict(list)  # slices and Endpoints, by Service
         self.pieces_in: dict[str, dict[Manifest, None]] = defaultdict(dict)  # by namespace, also those of no Service
-        self._pods = LabelIndex[tuple[Manifest, api.Pod]](
+        self.pods = LabelIndex[tuple[Manifest, api.Pod]](
             lambda: ((name, self._selectors(name)) for name in self.services)
         )
         self._in_namespace: dict[str, dict[Manifest, api.Pod]] = defaultdict(dict)
@@ -33,7 +33,7 @@ class Index:
         if manifest.kind == "Service":
             self.services.setdefault(manifest.name, []).append(manifest)
             self.names_in[manifest.name.namespace].add(manifest.name.name)
-            self._pods.set_selectors(manifest.name, self._selectors(manifest.name))
+            self.pods.set_selectors(manifest.name, self._selectors(manifest.name))
             return {manifest.name}
         if is_piece(manifest):
             self.pieces_in[manifest.name.namespace][manifest] = None
@@ -44,7 +44,7 @@ class Index:
         if not (isinstance(pod, api.Pod) and pod.metadata.labels):
             return set()
         self._in_namespace[manifest.name.namespace][manifest] = pod
-        return self._pods.add(manifest, manifest.name.namespace, pod.metadata.labels, (manifest, pod))
+        return self.pods.add(manifest, manifest.name.namespace, pod.metadata.labels, (manifest, pod))
 
     def remove(self, manifest: Manifest) -> set[NamespacedName]:
         """Remove *manifest*; return the Services to check again."""
@@ -54,7 +54,7 @@ class Index:
             if not self.services[name]:
                 del self.services[name]
                 self.names_in[name.namespace].discard(name.name)
-            self._pods.set_selectors(name, self._selectors(name))
+            self.pods.set_selectors(name, self._selectors(name))
             return {name}
         self.pieces_in[name.namespace].pop(manifest, None)
         if (of := service_of(manifest)) is not None:
@@ -62,7 +62,7 @@ class Index:
             return {of}
         self._in_namespace[name.namespace].pop(manifest, None)
         labels = manifest.object.metadata.labels if isinstance(manifest.object, api.Pod) else None
-        return self._pods.remove(manifest, name.namespace, labels or {})
+        return self.pods.remove(manifest, name.namespace, labels or {})
 
     def _selectors(self, name: NamespacedName) -> Iterator[Mapping[str, str]]:
         for held in self.services.get(name, ()):
@@ -73,13 +73,9 @@ class Index:
         """Return the Pods in *namespace*, or the templates of workloads, that *selector* matches."""
         return [
             pod
-            for manifest, pod in self._pods.candidates(namespace, selector).values()
+            for manifest, pod in self.pods.candidates(namespace, selector).values()
             if (manifest.kind != "Pod") is templates and selector.items() <= (pod.metadata.labels or {}).items()
         ]
-
-    def is_selected(self, namespace: str, label: str, value: str) -> bool:
-        """Return whether a Service in *namespace* has a selector with the first label *label*=*value*."""
-        return self._pods.is_selected(namespace, label, value)
 
     def pods_in(self, namespace: str) -> Iterable[tuple[Manifest, api.Pod]]:
         """Return the Pods and templates with labels in *namespace*."""

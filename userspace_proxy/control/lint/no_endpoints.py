@@ -121,7 +121,7 @@ def _no_pods(
         near = _near_labels(selector, key, held)
         # A label that another Service selects is not a misspelt one of this Service's.
         values = {text for labels in near if (text := labels.get(key)) is not None}
-        values -= set() if has_pods else {text for text in values if index.is_selected(name.namespace, key, text)}
+        values -= set() if has_pods else {text for text in values if index.pods.is_selected(name.namespace, key, text)}
         if similar := _similar_label(key, value, near, values, any_value=has_pods):
             return ConfigError(reason, field=api.below(field, key), fix=f"did you mean '{similar}'?")
         if values:

@@ -182,16 +182,12 @@ def _pod_errors(plain: _Plain) -> Iterator[ConfigError]:
             yield from _repeated(container.get("ports"), f"spec.{part}[{index}].ports")
 
 
-def _node_errors(plain: _Plain) -> Iterator[ConfigError]:
-    return _one_a_family(plain, "spec.podCIDRs", "podCIDR")
-
-
 _ERRORS_OF: Mapping[str, Callable[[_Plain], Iterator[ConfigError]]] = {
     "Service": _service_errors,
     "EndpointSlice": _slice_errors,
     "Endpoints": _endpoints_errors,
     "Pod": _pod_errors,
-    "Node": _node_errors,
+    "Node": lambda plain: _one_a_family(plain, "spec.podCIDRs", "podCIDR"),
 }
 
 
