@@ -6,6 +6,7 @@ one waits for a turn of the event loop, so a large file is served first and chec
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import time
 from collections import deque
@@ -88,6 +89,8 @@ class Advisor:
                 log.exception("a bug: manifests cannot be checked; what they say is served all the same")
             else:
                 _log(news, ended)
+            with contextlib.suppress(AttributeError):  # glibc alone keeps what was freed, and has this call
+                await asyncio.to_thread(ctypes.CDLL(None).malloc_trim, 0)
 
     async def _look(self) -> _Outcome:
         """Check the queued documents; return the new findings, and the faults that are fixed."""
