@@ -317,6 +317,82 @@ async def test_datagrams_that_arrive_before_a_shared_port_is_connected_are_dropp
             assert client.nothing()
 
 
+# ---- sockets opened in advance
+
+
+async def ask_in_turn(
+    clients: contextlib.ExitStack, backend: Backend, clock: FakeClock, count: int = 1
+) -> list[tuple[Client, Address]]:
+    """Let *count* new clients ask, soon after each other. Return them with the sources of their datagrams."""
+    asked = []
+    for _ in range(count):
+        clock.now_s += 0.01
+        client = clients.enter_context(Client())
+        client.ask()
+        asked.append((client, (await backend.receive())[1]))
+    return asked
+
+
+async def test_sockets_are_opened_in_advance_for_flows_that_begin_soon_after_each_other(
+    backends: Backends, clock: FakeClock
+) -> None:
+    """No more than before, and at most 8; each is used by one flow. Those that no flow needs are closed."""
+    a, _ = backends
+    async with running_plane(Limits(idle_timeout_s=OFTEN), now=clock) as plane:
+        await plane.use(a.endpoint)
+        with contextlib.ExitStack() as clients:
+            before = open_descriptors()
+            in_advance = []
+            asked: list[tuple[Client, Address]] = []
+            for _ in range(40):
+                asked += await ask_in_turn(clients, a, clock)
+                in_advance.append(open_descriptors() - before - 2 * len(asked))
+            assert in_advance[:9] == [0, 1, 0, 2, 1, 0, 4, 3, 2]
+            assert max(in_advance) == 8
+            assert len({flow for _, flow in asked}) == 40
+            for number, (client, flow) in enumerate(asked):
+                a.answer(b"%d" % number, flow)
+                assert await client.receive() == (b"%d" % number, ("127.0.0.1", UDP_PORT))
+            clock.now_s += 5.1
+            await until(lambda: open_descriptors() == before + 80, "the sockets without a flow are closed")
+            asked += await ask_in_turn(clients, a, clock)
+            assert open_descriptors() == before + 82
+        assert (await plane.counters(UDP_NAME)).flows == 41
+
+
+async def test_a_late_reply_at_a_socket_that_was_opened_in_advance_reaches_no_client(
+    backends: Backends, clock: FakeClock
+) -> None:
+    """Its port had rested, but a flow that ended before may still be answered."""
+    a, _ = backends
+    with local_ports(40_000, 40_015), contextlib.ExitStack() as clients:
+        async with running_plane(now=clock) as plane:
+            await plane.use(a.endpoint)
+            asked = await ask_in_turn(clients, a, clock, 4)
+            descriptors = open_descriptors()
+            unused = {*range(40_000, 40_016)} - {port for _, (_, port) in asked}
+            for port in unused:
+                a.answer(b"too late", ("127.0.0.1", port))
+            await until(lambda: open_descriptors() == descriptors - 2, "the sockets that it arrived at are closed")
+            ((client, flow),) = await ask_in_turn(clients, a, clock)
+            a.answer(b"in time", flow)
+            assert (await client.receive())[0] == b"in time"
+            assert client.nothing()
+
+
+async def test_a_process_that_has_made_way_holds_no_sockets_in_advance(backends: Backends, clock: FakeClock) -> None:
+    """Its successor may use their ports, and replies must not arrive here."""
+    a, _ = backends
+    async with running_plane(now=clock) as plane:
+        await plane.use(a.endpoint)
+        with contextlib.ExitStack() as clients:
+            before = open_descriptors()
+            await ask_in_turn(clients, a, clock, 4)
+            assert open_descriptors() == before + 8 + 2
+            await plane.local.stop_accepting()
+            assert open_descriptors() == before + 8 - 1  # nor the listener for TCP
+
+
 async def test_a_flow_that_was_silent_for_as_long_as_ports_rest_leaves_its_socket(
     backends: Backends, clients: Clients, clock: FakeClock
 ) -> None:
