@@ -401,23 +401,21 @@ class DatagramPoller:
     def _turn(self) -> None:
         for _ in range(_POLLS_A_TURN):
             ready = self._epoll.poll(0, _EVENTS_A_POLL)
-            if not ready:
-                return
-            now = self._now()
             try:
-                self._handle(ready, now)
+                self._handle(ready, self._now())
             except Exception:
                 log.exception("a bug: datagrams were not handled")
-            if len(ready) == 1:
+            if len(ready) < 2:
                 return  # little traffic: another poll would find nothing
 
     def _handle(self, ready: list[tuple[int, int]], now: float) -> None:
-        # Replies first: a new flow may evict the flow idle for longest, but not while a reply to it waits.
-        self._return_replies(ready, now)
         fronts = self._fronts
-        for fd, _ in ready:
-            if (asked := fronts.get(fd)) is not None:
-                asked.receive(now)
+        asked = [fronts[fd] for fd, _ in ready if fd in fronts]
+        # Replies first: a new flow may evict the flow idle for longest, but not while a reply to it waits.
+        if len(asked) < len(ready):
+            self._return_replies(ready, now)
+        for front in asked:
+            front.receive(now)
 
     def _return_replies(self, ready: list[tuple[int, int]], now: float) -> None:
         flows, outbox = self._flows, self._outbox

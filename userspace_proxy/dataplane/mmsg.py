@@ -31,9 +31,8 @@ _LINK_LOCAL = b"\xfe\x80"
 _MAPPED = bytes(10) + b"\xff\xff"
 _INET6 = struct.pack("=H", socket.AF_INET6)
 _PORT = struct.Struct("!2xH")
-_RECORDS = [struct.Struct(f"{_RECORD_BYTES}s" * count) for count in range(MESSAGES + 1)]
 
-_libc = ctypes.CDLL(None)
+_libc = ctypes.PyDLL(None)  # the calls never wait, so there is no need to release the interpreter's lock
 _recvmmsg, _sendmmsg = _libc.recvmmsg, _libc.sendmmsg
 
 
@@ -74,10 +73,14 @@ class Batch:
             header.name, header.namelen = records_at + index * _RECORD_BYTES, _SOCKADDR_BYTES
             header.control, header.controllen = header.name + _CONTROL_AT, _CONTROL_BYTES
         self._first = ctypes.c_void_p(ctypes.addressof(self._headers))
-        header_bytes, unused, size = memoryview(self._headers).cast("B"), bytes(self._headers), ctypes.sizeof(_Mmsghdr)
-        # The first n headers, and what they were before the kernel wrote to them.
-        self._used = [(header_bytes[: n * size], memoryview(unused)[: n * size]) for n in range(MESSAGES + 1)]
-        self._counts = header_bytes.cast("I")[_Mmsghdr.len.offset // 4 :: size // 4]
+        header_bytes, size = memoryview(self._headers).cast("B"), ctypes.sizeof(_Mmsghdr)
+        unused = memoryview(bytes(header_bytes))
+        counts = header_bytes.cast("I")[_Mmsghdr.len.offset // 4 :: size // 4]
+        # Of the first n messages: records, lengths, headers, and what these were before the kernel wrote to them.
+        self._parts = [
+            (struct.Struct(f"{_RECORD_BYTES}s" * n), counts[:n], header_bytes[: n * size], unused[: n * size])
+            for n in range(MESSAGES + 1)
+        ]
         self._lengths = memoryview(self._iovecs).cast("B").cast("P")[1::2]
 
     def receive(self, fd: int) -> Iterable[tuple[bytes, int, memoryview]]:
@@ -85,10 +88,8 @@ class Batch:
         received = _recvmmsg(fd, self._first, MESSAGES, socket.MSG_DONTWAIT, None)
         if received <= 0:
             return ()
-        found = zip(
-            _RECORDS[received].unpack_from(self._records), self._counts[:received].tolist(), self.room, strict=False
-        )
-        headers, unused = self._used[received]
+        records, lengths, headers, unused = self._parts[received]
+        found = zip(records.unpack_from(self._records), lengths.tolist(), self.room, strict=False)
         headers[:] = unused  # the kernel has overwritten the buffer lengths
         return found
 
@@ -100,8 +101,10 @@ class Batch:
 
     def send(self, fd: int, count: int) -> int:
         """Send the first *count* datagrams from the socket *fd*, in order. Return how many the kernel refused."""
-        sent = max(0, _sendmmsg(fd, self._first, count, socket.MSG_DONTWAIT))
-        refused = 0
+        sent = _sendmmsg(fd, self._first, count, socket.MSG_DONTWAIT)
+        if sent == count:
+            return 0
+        sent, refused = max(0, sent), 0
         while sent < count:
             # sendmmsg stops before a refused datagram, and reports an error only if that one is the first.
             header = ctypes.c_void_p(ctypes.addressof(self._headers[sent]))

@@ -246,6 +246,8 @@ class UdpListener(BaseListener):
 
     def answered(self, flow: UdpFlow) -> None:
         flow.answered = True
+        if self.transparent is None and not self.shared.memory.ejected:
+            return
         endpoint = flow.pick.endpoint
         client_ip = "" if self.transparent is None else self.seen_client(client_address(flow.key)[0], endpoint)
         if self.picker.report_success(endpoint, client_ip):
