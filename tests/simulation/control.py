@@ -24,6 +24,7 @@ from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import SyncError
 from userspace_proxy.model.counters import PlaneStats
+from userspace_proxy.model.details import DetailsRequest, ServicePortDetails
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import ListenerName, ServicePortName
@@ -66,6 +67,7 @@ class ControlSide:
         self.usable: list[Address] = []
         self._control: LocalPlane | RemotePlane
         self._filter: HealthFilter
+        self._specs: list[ListenerSpec] = []
         self._ports: dict[ServicePortName, ServicePort] = {}
         self._desired = ProxyState()
         self._syncing = asyncio.Lock()
@@ -81,6 +83,7 @@ class ControlSide:
 
     async def begin(self, specs: Sequence[ListenerSpec]) -> None:
         """Serve *specs*."""
+        self._specs = list(specs)
         self._ports = {spec.service_port.name: spec.service_port for spec in specs}
         self._filter = self._new_filter()
         self._control = self._start()
@@ -114,13 +117,36 @@ class ControlSide:
 
     async def close(self) -> None:
         self._filter.close()
+        if self.kernel.random.random() < 0.5:
+            await self._control.retire([ListenerName(TCP), ListenerName(UDP)])
+            check(not list(self.plane.held()), "listeners are left")
         await self._control.close(0)
 
     async def stats(self) -> PlaneStats:
         stats = await self._control.stats(endpoints_max=100)
         stats = replace(stats, worker_restarts=stats.worker_restarts - len(self.replaced))
         check(stats == await self.plane.stats(endpoints_max=100), "statistics differ from those of the worker", stats)
+        request = DetailsRequest((TCP, UDP), client_ip="10.98.0.1")
+        details = [_without_clock(of_one) for of_one in (await self._control.details(request)).service_ports]
+        its = [_without_clock(of_one) for of_one in (await self.plane.details(request)).service_ports]
+        check(details == its, "details differ from those of the worker", details, its)
         return stats
+
+    # ---- listeners
+
+    def begin_new_portals(self) -> None:
+        """Let the service ports get more portals."""
+        self._begin_task(self._configure())
+
+    async def _configure(self) -> None:
+        async with self._syncing:
+            self._specs = [
+                replace(spec, service_port=replace(spec.service_port, external_ips=("192.0.2.1",), node_port=30_080))
+                for spec in self._specs
+            ]
+            check(not await self._control.open(self._specs), "a listener is refused")
+            is_sent = self.replaced or [held.spec for held, _ in self.plane.held()] == self._specs
+            check(is_sent, "listeners differ from those sent")
 
     # ---- endpoints
 
@@ -273,3 +299,9 @@ class ControlSide:
             check(client_ip in after, "a pin is lost", client_ip)
             is_same = after[client_ip].address == pin.address and after[client_ip].expires_at >= pin.expires_at
             check(is_same or self.history.kind != "calm", "a pin has changed", client_ip, pin, after[client_ip])
+
+
+def _without_clock(details: ServicePortDetails) -> ServicePortDetails:
+    """Return *details* without the ends of ejections, which are computed by the wall clock."""
+    endpoints = (each._replace(ejected_until=bool(each.ejected_until)) for each in details.endpoints)
+    return replace(details, endpoints=tuple(endpoints))

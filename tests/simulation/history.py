@@ -320,6 +320,8 @@ class History:
                 kernel.call_later(draw.uniform(0, _ARRIVALS_S), self._change_endpoints)
         if self.hands_over:
             kernel.call_later(draw.uniform(0.1, _ARRIVALS_S), self.control.begin_handover)
+        if self.has_worker and draw.random() < 0.5:
+            kernel.call_later(draw.uniform(0, _ARRIVALS_S), self.control.begin_new_portals)
         if self.replaces:
             kernel.call_later(draw.uniform(0.5, _ARRIVALS_S), self.control.begin_replacement)
         if self.kind == "shortage":
