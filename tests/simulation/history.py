@@ -97,7 +97,7 @@ class History:
         self.engine = draw.choice(("auto", "copy"))
         kernel.channel_bytes = draw.choice((400, 4_000, 1 << 17))
         kernel.channel_latency_s = draw.choice((0.0, 0.0005, 0.005))
-        kernel.note = self.count
+        kernel.count = self.count
         self.control = ControlSide(self)
         kernel.network = self.world = World(self)
         if self.kind == "shortage" and draw.random() < 0.5:
@@ -117,7 +117,7 @@ class History:
             (TCP, UDP) if self.probes else (),
             answer_of=lambda ip: self.world.sites[ip, PORT].answer,
             in_force=self.control.in_force,
-            note=self.count,
+            count=self.count,
             broken=self.broken,
             may_skip=self.kind == "shortage",
         )

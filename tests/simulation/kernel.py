@@ -63,7 +63,7 @@ class Kernel:
         self.channel_latency_s = 0.0
         self.proxy_ports: dict[object, Any] = {}  # by protocol
         self.new_plane: Callable[..., object] = _none  # for a worker
-        self.note: Callable[[str], None] = _none  # count something that has happened
+        self.count: Callable[[str], None] = _none  # something that has happened
         self._free: list[int] = []
         self.events: list[tuple[float, int, Callable[[], None]]] = []  # a heap
         self._order = 0

@@ -98,7 +98,7 @@ class Probing:
     """The probes of a history. *broken*: where broken promises are added.
 
     *answer_of* returns what the host with an IP address answers to probes, *in_force* the endpoints that the data plane
-    has for a service port. *note* counts what happens.
+    has for a service port. *count* counts what happens.
     """
 
     def __init__(
@@ -108,13 +108,13 @@ class Probing:
         *,
         answer_of: Callable[[str], str],
         in_force: Callable[[ServicePortName], Collection[Address]],
-        note: Callable[[str], None],
+        count: Callable[[str], None],
         broken: list[str],
         may_skip: bool,
     ) -> None:
         self._kernel = kernel
         self._answer_of, self._in_force = answer_of, in_force
-        self._note, self._broken = note, broken
+        self._count, self._broken = count, broken
         self._may_skip = may_skip  # this host may be short of descriptors or ports
         self.specs = dict(zip(names, _draw_specs(kernel.random), strict=True)) if names else {}
         self._wanted: tuple[Address, ...] = ()
@@ -173,7 +173,7 @@ class Probing:
                 continue
             used = set(self._in_force(name))
             if not any(verdict is not False for verdict in verdicts.values()):
-                self._note("all-unhealthy")
+                self._count("all-unhealthy")
                 if used != (set(verdicts) if spec.panic else set()):
                     self._broken.append(f"all endpoints are unhealthy, but these are used: {used}, {spec}")
                 continue
@@ -197,9 +197,9 @@ class Probing:
 
     def _note_verdict(self, address: Address, spec: ProbeSpec, verdict: bool | None) -> None:
         if verdict is False:
-            self._note("unhealthy")
+            self._count("unhealthy")
         elif verdict and not self._of(address, spec).is_new:
-            self._note("healthy-again")
+            self._count("healthy-again")
 
     def _of(self, address: Address, spec: ProbeSpec) -> Probed:
         """Return what is known of the endpoint at *address*, probed as *spec* says."""
@@ -272,7 +272,7 @@ class Probing:
             self._kernel.call_later(_CLOSED_S, lambda: self._note_open(before, address))
         probed.probed_at, probed.probe = now, sock
         probed.note_probe(fails=probed.spec.kind in _FAILING[answer])
-        self._note(f"probe-{answer}")
+        self._count(f"probe-{answer}")
         return probed, answer
 
     def _note_open(self, before: Stream | Datagram, address: Address) -> None:

@@ -72,7 +72,7 @@ class UnixSocket(Pollable):
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         room = kernel.channel_bytes - self.unread
         if room <= 0:
-            kernel.note("full-channel")
+            kernel.count("full-channel")
             self.writable.ready = False
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         passed = [duplicate(kernel.descriptors[descriptor]) for descriptor in descriptors]
@@ -87,7 +87,7 @@ class UnixSocket(Pollable):
         kernel = self.kernel
         if not kernel.cuts_pieces or len(sent) == 1 or kernel.random.random() < 0.7:
             return (sent,)
-        kernel.note("cut-frame")
+        kernel.count("cut-frame")
         cuts = sorted(kernel.random.randrange(1, len(sent)) for _ in range(kernel.random.randrange(1, _PIECES_MAX)))
         return filter(None, (sent[start:end] for start, end in itertools.pairwise((0, *cuts, len(sent)))))
 
