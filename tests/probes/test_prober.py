@@ -116,6 +116,22 @@ async def test_a_tcp_probe_succeeds_where_a_server_listens_and_the_server_accept
     assert target.is_healthy
 
 
+def test_a_server_never_sees_a_tcp_probe_that_is_given_up_once_it_is_connected() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        attempt = Attempt(server.getsockname(), ProbeSpec(ProbeKind.TCP))
+        attempt.sock.connect_ex(server.getsockname())
+
+        attempt.close()
+
+        try:
+            accepted, _ = server.accept()
+        except BlockingIOError:
+            return
+        with accepted, pytest.raises(ConnectionResetError):  # on a busy machine the kernel's own ACK came first
+            accepted.recv(1)
+
+
 async def test_a_tcp_probe_fails_where_nothing_listens_and_succeeds_once_something_does(rig: Rig) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

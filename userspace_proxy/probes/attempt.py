@@ -20,8 +20,6 @@ _STATUS_LINE_BYTES = len(b"HTTP/1.1 200")
 _SHOWN_BYTES = 40
 _IN_PROGRESS = {errno.EINPROGRESS, errno.EALREADY}
 _DATAGRAM = int(socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-# A reset instead of a FIN: no local port stays in TIME_WAIT. It follows the SYN-ACK at once (`stream_socket` delays the
-# ACK), so that the server never accepts a TCP probe. HAProxy does the same.
 
 # None: the probe is not finished. "": it succeeded. Another text: why it failed.
 Result = str | None
@@ -43,6 +41,11 @@ class Attempt:
         self._received = b""
         if spec.kind is not ProbeKind.UDP:
             self.sock = stream_socket(address)
+            if spec.kind is ProbeKind.TCP:
+                # No local port stays in TIME_WAIT. The reset follows the SYN-ACK at once (`stream_socket` delays the
+                # ACK), so that the server never accepts a TCP probe, as with HAProxy. Set before it connects: a probe
+                # that is given up may be connected already.
+                reset_on_close(self.sock)
             return
         self.sock = SocketType(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, _DATAGRAM, 0)
         try:
@@ -80,7 +83,6 @@ class Attempt:
                 return os.strerror(errno.ECONNREFUSED).lower()
             match self._spec.kind:
                 case ProbeKind.TCP:
-                    reset_on_close(self.sock)
                     return ""
                 case ProbeKind.HTTP:
                     self.sock.send(self._request())
