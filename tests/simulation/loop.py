@@ -10,6 +10,8 @@ from tests.simulation.kernel import Kernel, Stream
 
 # What a turn of the loop costs, so that events happen between two turns.
 _TURN_S = 20e-6
+# How late a timer may be.
+_LATE_S = 200e-6
 _PAIR = 2
 _NEVER = float("inf")
 
@@ -99,7 +101,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
                     return ready
             if not events or events[0][0] > until:
                 assert until != _NEVER, "nothing will ever happen again"
-                kernel.now = max(kernel.now, until)
+                kernel.now = max(kernel.now, until + kernel.random.random() * _LATE_S)
                 return []
             when, _, step = heapq.heappop(events)
             if when > kernel.now:

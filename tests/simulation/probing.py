@@ -48,10 +48,10 @@ FAULTS = frozenset(f"probe-{answer}" for answer in ANSWERS[1:]) | {"unhealthy", 
 _PORT = 8_081
 _CODES = {"refuse": errno.ECONNREFUSED, "reset": errno.ECONNREFUSED, "unreachable": errno.EHOSTUNREACH}
 _LATE_S = 0.3  # how long after a time-out an answer comes
-# A socket is closed at the end of its turn.
-_CLOSED_S = 0.001
+# A socket is closed at the end of its turn, and timers are a little late.
+_SOON_S = 0.001
 # Until a verdict is in force: a probe and its time-out begin a step late, and endpoints are sent to the data plane.
-_IN_FORCE_S = 2 * TICK_S + 0.1
+_IN_FORCE_S = 2 * TICK_S + 0.07
 
 
 @dataclass(slots=True)
@@ -69,6 +69,8 @@ class Probed:
     is_healthy: bool = True
     has_passed: bool = False
     in_a_row: int = 0
+    first_at: float = 0.0
+    begun: int = 0
     probed_at: float = -math.inf
     probe: Stream | Datagram | None = None
 
@@ -76,7 +78,7 @@ class Probed:
         """Return whether the endpoint is healthy for certain, or None if that depends on the order of events."""
         spec = self.spec
         count = (1 if self.is_new else spec.fall) if self.fails else (0 if self.is_new else spec.rise)
-        within_s = count * (spec.interval_s + TICK_S) + (spec.timeout_s if count else 0.0) + _IN_FORCE_S
+        within_s = count * spec.interval_s + (spec.timeout_s if count else 0.0) + _IN_FORCE_S
         return not self.fails if now > self.since + within_s else None
 
     def note_probe(self, *, fails: bool) -> None:
@@ -91,7 +93,7 @@ class Probed:
 
     @property
     def longest_s(self) -> float:
-        return max(self.spec.rise, self.spec.fall) * (self.spec.interval_s + TICK_S) + self.spec.timeout_s + _IN_FORCE_S
+        return max(self.spec.rise, self.spec.fall) * self.spec.interval_s + self.spec.timeout_s + _IN_FORCE_S
 
 
 class Probing:
@@ -266,10 +268,14 @@ class Probing:
             self._broken.append(f"an endpoint that has left is probed: {address}, {now}")
             return None, answer
         (probed,) = due
-        if now < probed.probed_at + probed.spec.interval_s - TICK_S:
+        if now < probed.probed_at + probed.spec.interval_s - TICK_S - _SOON_S:
             self._broken.append(f"an endpoint is probed again after {now - probed.probed_at} s: {address}")
+        probed.first_at = probed.first_at or now
+        if now > probed.first_at + probed.begun * probed.spec.interval_s + TICK_S + _SOON_S and not self._may_skip:
+            self._broken.append(f"probes of an endpoint are late: {address}, {probed.begun}, {now - probed.first_at}")
+        probed.begun += 1
         if (before := probed.probe) is not None and not before.closed:
-            self._kernel.call_later(_CLOSED_S, lambda: self._note_open(before, address))
+            self._kernel.call_later(_SOON_S, lambda: self._note_open(before, address))
         probed.probed_at, probed.probe = now, sock
         probed.note_probe(fails=probed.spec.kind in _FAILING[answer])
         self._count(f"probe-{answer}")

@@ -32,6 +32,8 @@ STARTS_A_TICK = 100
 OPEN_MAX = 512
 # An answer that this process was too busy to read is no failure: deadlines do not count time in which it was stalled.
 _LATE_S = 0.1
+# A probe may end this much before its deadline. It begins a little after its tick, and would otherwise end a tick late.
+_EARLY_S = TICK_S / 10
 # A shortage is logged once in this time.
 _QUIET_S = 60.0
 # The golden ratio: any number of first probes is spread evenly.
@@ -163,7 +165,7 @@ class Prober:
         for target in list(self._open):
             if late_s > _LATE_S:
                 target.deadline += late_s
-            if target.deadline <= now:
+            if target.deadline <= now + _EARLY_S:
                 self._finish(target, f"no answer within {target.spec.timeout_s:g} s", "timeout")
 
     def _wait(self, target: Target) -> None:
