@@ -107,9 +107,12 @@ class ControlSide:
         """Return whether no change is under way, and no replaced worker runs."""
         return all(task.done() for task in self._tasks) and None not in [p.poll() for p in self.replaced]
 
-    async def end_probes(self) -> None:
-        """Let both service ports go, as far as probes are concerned."""
+    async def join(self) -> None:
+        """Raise what a change has raised."""
         await asyncio.gather(*self._tasks)
+
+    def end_probes(self) -> None:
+        """Let both service ports go, as far as probes are concerned."""
         self._filter.apply(ProxyState())
         self.history.probing.want(())
         check(not self._filter._targets, "targets of probes are left", self._filter._targets)
@@ -230,7 +233,11 @@ class ControlSide:
         self._check_ejections(self._ejected)
         await answers_to(after.keep_on(lock.name))
         await asyncio.sleep(self.kernel.random.choice(_BOTH_SERVE_S))
-        await after.begin(await lock.taken())
+        learnt = await lock.taken()
+        tcp, udp = (self.plane._shared[of_port].counters for of_port in (TCP, UDP))
+        waits = not udp.flows_total and (self.history.affinity_s is None or not tcp.accepted)
+        check(waits, "a successor does not wait for its predecessor", tcp.accepted, udp.flows_total)
+        await after.begin(learnt)
         await after.stats()  # answered after `Begin`
         self._check_pins(self._pinned)
         self._control, self._filter = after, self._new_filter()

@@ -283,8 +283,9 @@ class History:
         check(not self.broken, "", *self.broken)
         left = [str(c) for plane in self.control.planes for c in plane._context.connections]
         check(self._is_over(), "connections or flows have not ended", left)
+        await self.control.join()
         await self._check_counters()
-        await self.control.end_probes()
+        self.control.end_probes()
         await asyncio.sleep(0.5)  # the last packets arrive
         await self.control.close()
         await asyncio.sleep(0.01)  # cancelled tasks end
