@@ -122,7 +122,7 @@ class ControlSide:
         self._filter.close()
         if self.kernel.random.random() < 0.5:
             await self._control.retire([ListenerName(TCP), ListenerName(UDP)])
-            check(not list(self.plane.held()), "listeners are left")
+            check(not self.plane.listeners, "listeners are left")
         await self._control.close(0)
 
     async def stats(self) -> PlaneStats:
@@ -148,7 +148,7 @@ class ControlSide:
                 for spec in self._specs
             ]
             check(not await self._control.open(self._specs), "a listener is refused")
-            is_sent = self.replaced or [held.spec for held, _ in self.plane.held()] == self._specs
+            is_sent = self.replaced or [held.spec for held in self.plane.listeners.values()] == self._specs
             check(is_sent, "listeners differ from those sent")
 
     # ---- endpoints
@@ -247,7 +247,7 @@ class ControlSide:
         served, since, name = self.plane, self.kernel.now, Name(self.kernel)
         expect(await conversation.receive(), TakeOver)
         await plane.stats()
-        self._ejected = served.memory_of(TCP).ejected
+        self._ejected = _begun_before(since, served.memory_of(TCP).ejected)
         self.predecessors.append((served, dict(served._shared)))
         await hand_over(conversation, plane.inheritance(), name)  # type: ignore[arg-type]
         learnt = await plane.make_way(1, since)
@@ -277,7 +277,8 @@ class ControlSide:
         memory, long_since = self.plane.memory_of(TCP), self.kernel.now - _LEARNT_S
         pinned_s = self.history.affinity_s or 0
         pins = [(ip, pin) for ip, pin in memory.pins if pin.expires_at < long_since + pinned_s]
-        ejected = [each for each in memory.ejected if each[2] - ejected_s(each[1]) < long_since]
+        # An endpoint that leaves meanwhile is forgotten.
+        ejected = _begun_before(long_since, memory.ejected) if self.history.kind not in ("removals", "policy") else []
         self._note("replaced-worker")
         self.predecessors.append((self.plane, dict(self.plane._shared)))
         self.replaced.append(process._process)
@@ -306,6 +307,10 @@ class ControlSide:
             check(client_ip in after, "a pin is lost", client_ip)
             is_same = after[client_ip].address == pin.address and after[client_ip].expires_at >= pin.expires_at
             check(is_same or self.history.kind != "calm", "a pin has changed", client_ip, pin, after[client_ip])
+
+
+def _begun_before(at: float, ejected: list[tuple[Address, int, float]]) -> list[tuple[Address, int, float]]:
+    return [each for each in ejected if each[2] - ejected_s(each[1]) < at]
 
 
 def _without_clock(details: ServicePortDetails) -> ServicePortDetails:
