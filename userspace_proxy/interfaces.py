@@ -15,7 +15,6 @@ from userspace_proxy.model.counters import PlaneStats
 from userspace_proxy.model.details import Details, DetailsRequest
 from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import ListenerName
-from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.watch_stats import WatchStats
 
@@ -122,19 +121,6 @@ class LoadedRules(Protocol):
         """Call *on_change* whenever another program may have changed the rules, until `unwatch`."""
 
     def unwatch(self) -> None: ...
-
-
-class Kernel(LoadedRules, Protocol):
-    """Holds the rules of userspace mode, in one rule language."""
-
-    language: str
-
-    async def load(self, redirects: Redirects) -> None:
-        """Put *redirects* in force. The cost follows the number of changes.
-
-        Raises:
-            SyncError: the kernel refused a rule; the previous rules stay (iptables: in each refused table and family).
-        """
 
 
 class DataPlane(Protocol):

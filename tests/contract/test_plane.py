@@ -19,6 +19,7 @@ import pytest
 
 from tests.dataplane.world import NamedBackend, named_backends, refusing_endpoint
 from tests.ends import until
+from tests.modes.redirect_cases import Redirects
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.handover import Inherit
 from userspace_proxy.dataplane.plane import LocalPlane
@@ -31,7 +32,6 @@ from userspace_proxy.model.details import DetailsRequest
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
-from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import ServicePort, portals
 from userspace_proxy.modes.userspace import nft
 from userspace_proxy.netfilter.nft_text import removal
@@ -66,7 +66,7 @@ def portal() -> Iterator[None]:
     """The redirect rules of our Service, and a route to it, in the namespace of the tests."""
     ip("route", "add", "10.94.0.0/16", "dev", "lo")
     ip("address", "add", "10.95.0.1/32", "dev", "lo")
-    rules = nft.table(Redirects(dict(zip(portals(service_port()), (PROXY_PORT, LOCAL_PROXY_PORT), strict=True))))
+    rules = Redirects(dict(zip(portals(service_port()), (PROXY_PORT, LOCAL_PROXY_PORT), strict=True))).nft()
     subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True, timeout=10)
     yield
     subprocess.run(["nft", "-f", "-"], input=removal(nft.TABLE), text=True, check=True, timeout=10)

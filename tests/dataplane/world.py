@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tests.modes.redirect_cases import Redirects
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.lab import ip
@@ -19,7 +20,6 @@ from userspace_proxy.model.counters import Counters, EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
-from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import Balance, ConnectionPolicy, ServicePort, SourceIP, Weights, portals
 from userspace_proxy.modes.userspace import nft
 from userspace_proxy.netfilter.nft_text import removal
@@ -74,7 +74,7 @@ def surroundings() -> Iterator[None]:
     Path("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait").write_text("1")
     specs = ((service_port(), TCP_PORT), (udp_service_port(), UDP_PORT), (other_service_port(), OTHER_PORT))
     ports = {portal: proxy_port for known, proxy_port in specs for portal in portals(known)}
-    _nft(nft.table(Redirects(ports)))
+    _nft(Redirects(ports).nft())
     _nft(
         f"table {_FOREIGN} {{ chain output {{ type nat hook output priority -110; "
         f"ip daddr {FOREIGN[0]} tcp dport {FOREIGN[1]} redirect to :{TCP_PORT}; }}; }}\n"

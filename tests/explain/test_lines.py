@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.explain.shop import WAYS
-from tests.modes.redirect_cases import CASES, UDP, any_redirects, name
+from tests.modes.redirect_cases import CASES, UDP, Redirects, any_redirects, name
 from tests.modes.translation_cases import DNS, EVERYTHING, HERE, NEAR4, PODS, any_translation, by_name, translation
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.explain import rendering
@@ -20,7 +20,7 @@ from userspace_proxy.explain.lines import Explained, Line
 from userspace_proxy.explain.rendering import explained, select_service_ports
 from userspace_proxy.model.endpoint import FAMILIES
 from userspace_proxy.model.names import ServicePortName
-from userspace_proxy.model.redirects import PodDetector, Redirects
+from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.modes.iptables import loader as kube_kernel
 from userspace_proxy.modes.iptables import tables
@@ -29,7 +29,8 @@ from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
 from userspace_proxy.modes.portal_names import PortalNames
 from userspace_proxy.modes.rule_line import text_of
 from userspace_proxy.modes.slots.slot_table import SlotTable
-from userspace_proxy.modes.userspace import iptables, nft
+from userspace_proxy.modes.userspace import iptables
+from userspace_proxy.modes.userspace.nft import RedirectTable
 
 USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES = (
     next(way for way in WAYS if str(way) == title)
@@ -53,10 +54,10 @@ def unexplained(lines: Iterable[Line]) -> list[str]:
 
 
 def of_redirects(redirects: Redirects, *, is_short: bool = False) -> list[Explained]:
-    known = PortalNames(())
+    known, made = PortalNames(()), list(redirects.translations.values())
     return [
-        explained(USERSPACE_NFT, nft.rules(redirects), known, is_short=is_short),
-        explained(USERSPACE_IPTABLES, iptables.rules(redirects), known, is_short=is_short),
+        explained(USERSPACE_NFT, RedirectTable().rules(redirects.facts, made), known, is_short=is_short),
+        explained(USERSPACE_IPTABLES, iptables.rules(made, redirects.facts), known, is_short=is_short),
     ]
 
 
@@ -76,10 +77,10 @@ def test_every_line_of_userspace_mode_is_explained_and_unchanged(case: str) -> N
     in_nft, in_iptables = of_redirects(CASES[case])
 
     assert unexplained([*in_nft.lines, *in_iptables.lines]) == []
-    assert [line.text for line in in_nft.lines] == nft.table(CASES[case]).splitlines()
+    assert [line.text for line in in_nft.lines] == CASES[case].nft().splitlines()
     text = "\n".join(line.text for line in in_iptables.lines)
     for family, part in zip(FAMILIES, re.split(r"^# .*\n", text, flags=re.MULTILINE)[1:], strict=True):
-        assert part.splitlines() == iptables.restore(CASES[case], family, "").splitlines()
+        assert part.splitlines() == CASES[case].iptables(family, "").splitlines()
 
 
 @pytest.mark.parametrize(

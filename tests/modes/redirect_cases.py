@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
-from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
-from userspace_proxy.model.redirects import DROPPED, Capture, PodDetector, Redirects
-from userspace_proxy.model.routes import Sender
-from userspace_proxy.model.service import Portal
+from userspace_proxy.model.endpoint import Family
+from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
+from userspace_proxy.model.redirects import DROPPED, Capture, PodDetector
+from userspace_proxy.model.routes import Refusal, Route, Sender
+from userspace_proxy.model.service import Portal, ServicePort
+from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
+from userspace_proxy.modes.userspace import iptables
+from userspace_proxy.modes.userspace.nft import RedirectTable
 
 TCP, UDP = L4Protocol.TCP, L4Protocol.UDP
 REFUSE_PORT = 29_999
@@ -27,6 +33,80 @@ def name(text: str, protocol: L4Protocol = TCP) -> ServicePortName:
     """Return the name that is shown as ``namespace/name:port``."""
     service, _, port = text.partition(":")
     return ServicePortName(NamespacedName(*service.split("/")), port, protocol)
+
+
+@dataclass(frozen=True)
+class Redirects:
+    """The rules of userspace mode: the proxy port for each portal, or DROPPED; ``exceptions`` for some senders.
+
+    A portal without a name in ``names`` belongs to the service port "ns/any".
+    """
+
+    ports: Mapping[Portal, int] = field(default_factory=dict)
+    names: Mapping[Portal, ServicePortName] = field(default_factory=dict)
+    refuse_port: int = 0
+    capture: Capture = Capture.REDIRECT
+    exceptions: Mapping[Sender, Mapping[Portal, int]] = field(default_factory=dict)
+    allowed: Mapping[Portal, tuple[str, ...]] = field(default_factory=dict)
+    node_ports_on: tuple[str, ...] = ()
+    pods: PodDetector | None = None
+    transparent: bool = False
+
+    @property
+    def facts(self) -> NodeFacts:
+        return NodeFacts(
+            pods=self.pods,
+            node_ports_on=self.node_ports_on,
+            refuse_port=self.refuse_port,
+            capture=self.capture,
+            transparent=self.transparent,
+        )
+
+    @property
+    def translations(self) -> dict[ServicePortName, Translation]:
+        rows: dict[ServicePortName, list[tuple[Portal, Sender, int]]] = {}
+        for sender, ports in {Sender.ANYBODY: self.ports, **self.exceptions}.items():
+            for portal, port in ports.items():
+                rows.setdefault(self._owner(portal), []).append((portal, sender, port))
+        allowed: dict[ServicePortName, dict[Portal, tuple[str, ...]]] = {}
+        for portal, cidrs in self.allowed.items():
+            allowed.setdefault(self._owner(portal), {})[portal] = cidrs
+        owners = {**rows, **allowed}
+        return {owner: self._translation(owner, rows.get(owner, ()), allowed.get(owner, {})) for owner in owners}
+
+    def _owner(self, portal: Portal) -> ServicePortName:
+        return self.names.get(portal) or name("ns/any", portal.protocol)
+
+    def _translation(
+        self,
+        owner: ServicePortName,
+        rows: Sequence[tuple[Portal, Sender, int]],
+        allowed: Mapping[Portal, tuple[str, ...]],
+    ) -> Translation:
+        targets: dict[int, ListenerName | Refusal] = {DROPPED: Refusal.DROP}
+        if self.refuse_port:
+            targets[self.refuse_port] = Refusal.REJECT
+        listeners = (ListenerName(owner, *each) for each in product(Scope, (False, True)))
+        routes = [
+            Route(portal, sender, targets[port] if port in targets else targets.setdefault(port, next(listeners)))
+            for portal, sender, port in rows
+        ]
+        ports = tuple(port for _, _, port in rows)
+        return Translation(ServicePort(owner, 1, ()), tuple(routes), {}, allowed, (), ports)
+
+    def update(self, before: Redirects | None = None) -> RuleUpdate:
+        """Return what turns the rules *before* into these."""
+        old, new = before.translations if before is not None else {}, self.translations
+        changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        return RuleUpdate(new, changed, self.facts)
+
+    def nft(self) -> str:
+        """Return the script that creates our table or replaces it."""
+        return RedirectTable().rules(self.facts, self.translations.values()).text()
+
+    def iptables(self, family: Family, saved: str) -> str:
+        """Return the input of iptables-restore, on a host with the rules *saved*."""
+        return iptables.restore(self.translations.values(), self.facts, family, saved)
 
 
 def redirects(*rows: tuple[str, int, ServicePortName, int], capture: Capture = Capture.REDIRECT) -> Redirects:

@@ -17,8 +17,8 @@ from userspace_proxy.errors import SyncError
 from userspace_proxy.lab import Host
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.service import ServicePort
+from userspace_proxy.modes.element_tables import ElementTables
 from userspace_proxy.modes.kernel_rules import RuleUpdate
-from userspace_proxy.modes.slots.element_tables import ElementTables
 from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.modes.userspace import nft
 from userspace_proxy.modes.userspace.loader import NftKernel
@@ -126,10 +126,9 @@ async def test_a_restarted_process_keeps_the_table_in_which_packets_are(host: Ho
     handles = []
     with host.inside():
         for _ in range(2):
-            await NftKernel().load(EVERYTHING)
-            rules = slot_tables()
-            await rules.load(UPDATE)
-            rules.unwatch()
+            for rules, update in ((NftKernel(), EVERYTHING.update()), (slot_tables(), UPDATE)):
+                await rules.load(update)
+                rules.unwatch()
             handles.append([handle(table) for table in (nft.TABLE, SlotTable.name)])
         host.run("nft", f"delete table {nft.TABLE}; delete table {SlotTable.name}")
 

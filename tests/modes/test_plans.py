@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import pytest
 
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.listeners import ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
-from userspace_proxy.model.redirects import DROPPED, PodDetector, Redirects
+from userspace_proxy.model.redirects import DROPPED, PodDetector
 from userspace_proxy.model.routes import Refusal, Sender
 from userspace_proxy.model.service import ConnectionPolicy, Portal, ServicePort, SourceIP, node_portal
+from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
-from userspace_proxy.modes.plans import NodeRules, plan, redirects_to
+from userspace_proxy.modes.plans import NodeRules, plan
+from userspace_proxy.modes.userspace.redirects import RedirectTranslator
 
 TCP = L4Protocol.TCP
 NAME = ServicePortName(NamespacedName("shop", "web"), "http", TCP)
@@ -29,14 +34,35 @@ VIP = Portal("203.0.113.7", 80, TCP)
 NODE_PORT = node_portal(4, 30_080, TCP)
 
 
+@dataclass
+class Made:
+    """The rules of all service ports, by portal."""
+
+    names: dict[Portal, ServicePortName] = field(default_factory=dict)
+    ports: dict[Portal, int] = field(default_factory=dict)
+    exceptions: dict[Sender, dict[Portal, int]] = field(default_factory=dict)
+    allowed: dict[Portal, tuple[str, ...]] = field(default_factory=dict)
+
+
 def made(
     *given: ServicePort, of: tuple[Endpoint, ...], rules: NodeRules = PODS, opened: set[ListenerName] | None = None
-) -> Redirects:
+) -> Made:
     """Return the rules for *given*, with proxy ports counted from 10,000 in the order of the listeners."""
-    plans = {p.name: plan(p, of, HERE, detects_pods=rules.detects_pods(HERE)) for p in given}
-    wanted = [listener for planned in plans.values() for listener in planned.listeners]
-    ports = {name: 10_000 + n for n, name in enumerate(wanted) if opened is None or name in opened}
-    return redirects_to(ports, plans, REFUSE, rules, HERE)[0]
+    translator, found = RedirectTranslator(rules), Made()
+    translator.plan(ProxyState({p.name: p for p in given}, {p.name: of for p in given}, HERE))
+    translator.refuse_port = REFUSE
+    listeners = [(each, name) for each in given for name in translator.plans.held[each.name].listeners]
+    for number, (service_port, name) in enumerate(listeners):
+        if opened is None or name in opened:
+            translator.open(ListenerSpec(service_port, 10_000 + number, name.scope, name.transparent))
+    translator.translate()
+    for owner, translation in translator.translations.items():
+        for (portal, sender, _), port in zip(translation.routes, translation.ports, strict=True):
+            ports = found.ports if sender is Sender.ANYBODY else found.exceptions.setdefault(sender, {})
+            ports[portal] = port
+            found.names[portal] = owner
+        found.allowed |= translation.allowed
+    return found
 
 
 def test_a_service_port_without_policies_has_one_listener_and_no_exceptions() -> None:
@@ -176,3 +202,18 @@ def test_health_checks_are_answered_at_the_addresses_that_node_ports_are_kept_to
     assert ips() == ()
     assert ips("primary") == ("192.0.2.1", "2001:db8::1")
     assert ips("192.0.2.8/29", "127.0.0.0/8") == ("192.0.2.9", "127.0.0.1")
+
+
+def test_a_change_of_endpoints_changes_no_rule_of_userspace_mode_except_for_the_first_and_the_last() -> None:
+    given = ServicePort(NAME, 80, ("10.96.0.1",))
+    translator = RedirectTranslator(PODS)
+    translator.open(ListenerSpec(given, 10_000))
+    seen = []
+    for endpoints in ((), (NEAR,), (NEAR, FAR), (FAR,), ()):
+        translator.plan(ProxyState({NAME: given}, {NAME: endpoints}, HERE))
+        translator.translate()
+        translator.plans.finish()
+        seen.append(bool(translator.unloaded))
+        translator.unloaded = {}
+
+    assert seen == [True, True, False, False, True]

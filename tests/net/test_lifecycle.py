@@ -202,7 +202,8 @@ def test_rules_that_cannot_be_loaded_leave_the_old_ones_serving(
     tool.write_text("#!/bin/sh\necho 'Error: no' >&2\nexit 1\n")
     tool.chmod(0o755)
 
-    fresh_proxy.apply("more", documents(service("more", "10.96.4.9"), endpoints("more", POD1)))
+    local = "  type: NodePort\n  externalTrafficPolicy: Local"  # needs another rule, not only elements
+    fresh_proxy.apply("more", documents(service("more", "10.96.4.9", extra=local), endpoints("more", POD1)))
     wait_until(lambda: "could not be loaded" in fresh_proxy.log(), "the refusal is logged")
 
     assert answers(world.client, "10.96.4.1", 80), "what was in force still is"

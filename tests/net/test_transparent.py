@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from tests.modes.redirect_cases import Redirects
 from tests.net.world import wait_until
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.remote import RemotePlane
@@ -22,7 +23,6 @@ from userspace_proxy.model.counters import Counters
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
-from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import ServicePort, SourceIP, portals
 from userspace_proxy.modes.userspace import nft
 from userspace_proxy.netfilter.nft_text import removal
@@ -83,7 +83,7 @@ def surroundings(world: ServiceLab) -> Iterator[None]:
         f"meta l4proto {{ tcp, udp }} socket transparent 1 meta mark set {MARK}; }}; }}\n"
     )
     families = (("-4", "10.96.200.0/24"), ("-6", "fd00:96::200:0/112"))
-    node.run("nft", "-f", "-", stdin=nft.table(Redirects(ports)) + back)
+    node.run("nft", "-f", "-", stdin=Redirects(ports).nft() + back)
     for family, services in families:
         node.ip(family, "rule", "add", "fwmark", MARK, "lookup", TABLE)
         node.ip(family, "route", "add", "local", "default", "dev", "lo", "table", TABLE)
@@ -284,9 +284,9 @@ async def test_a_service_port_can_have_a_transparent_and_a_plain_listener(world:
         assert await asyncio.to_thread(who, world.client, SERVICE_IP, socket.SOCK_STREAM) == CLIENT_IP
         to_plain = Redirects({portals(TCP)[0]: 10_503})
         to_transparent = Redirects({portal: spec.proxy_port for spec in SPECS for portal in portals(spec.service_port)})
-        world.node.run("nft", "-f", "-", stdin=nft.table(to_plain))
+        world.node.run("nft", "-f", "-", stdin=to_plain.nft())
         try:
             assert await asyncio.to_thread(who, world.client, SERVICE_IP, socket.SOCK_STREAM) == NODE_IP_TO_PODS
         finally:
-            world.node.run("nft", "-f", "-", stdin=nft.table(to_transparent))
+            world.node.run("nft", "-f", "-", stdin=to_transparent.nft())
         assert (await counters_of(plane)).accepted == 2

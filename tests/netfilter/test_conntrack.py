@@ -8,17 +8,13 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from userspace_proxy.model.names import L4Protocol
-from userspace_proxy.model.redirects import DROPPED, Redirects
-from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.netfilter.conntrack import (
     ANY_IP,
     Answering,
     Flow,
-    changed_udp_portals,
     forget_early_connections,
     forget_udp_flows,
-    new_tcp_portals,
     stale_flows,
 )
 from userspace_proxy.netfilter.nfnetlink import delete_flows
@@ -48,37 +44,6 @@ def flow(
         f"udp      17 29 src={client} dst={asked} sport={sport} dport={port} "
         f"[UNREPLIED] src={answered_by} dst={client} sport={answered_from} dport={sport} mark=0 use=1"
     )
-
-
-# ---- what changed
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "changed"),
-    [
-        ({}, {}, {}),
-        ({DNS: 1}, {DNS: 1}, {}),
-        ({}, {DNS: 1}, {DNS: by(1)}),
-        ({DNS: 1}, {DNS: 2}, {DNS: by(2)}),
-        ({DNS: 1}, {}, {DNS: set()}),
-        ({DNS: 1}, {DNS: DROPPED}, {DNS: by(DROPPED)}),
-        ({WEB: 1}, {WEB: 2}, {}),
-        ({WEB: 1}, {}, {}),
-        ({DNS: 1, NODE_PORT: 2}, {DNS: 1, NODE_PORT: 3, DNS6: 1}, {NODE_PORT: by(3), DNS6: by(1)}),
-    ],
-)
-def test_only_udp_portals_that_lead_elsewhere_have_flows_to_forget(
-    old: Mapping[Portal, int], new: Mapping[Portal, int], changed: Mapping[Portal, Answering]
-) -> None:
-    assert changed_udp_portals(Redirects(old), Redirects(new)) == changed
-
-
-def test_a_portal_leads_wherever_some_sender_is_led() -> None:
-    old = Redirects({DNS: 1, NODE_PORT: 1})
-    new = Redirects({DNS: 1, NODE_PORT: 1}, exceptions={Sender.POD: {DNS: 2}, Sender.NODE: {DNS: 3, WEB: 4}})
-
-    assert changed_udp_portals(old, new) == {DNS: by(1, 2, 3)}
-    assert changed_udp_portals(new, old) == {DNS: by(1)}
 
 
 # ---- which flows are stale
@@ -234,14 +199,6 @@ async def test_where_there_are_no_flows_nothing_is_said(caplog: pytest.LogCaptur
 
 
 # ---- connections that began before their portal was served
-
-
-def test_tcp_portals_are_new_once() -> None:
-    old, new = Redirects({WEB: 1, DNS: 1}), Redirects({WEB: 2, DNS: 1})
-
-    assert new_tcp_portals(Redirects(), new) == {WEB}
-    assert new_tcp_portals(old, new) == set()
-    assert new_tcp_portals(Redirects(), Redirects({}, exceptions={Sender.NODE: {WEB: DROPPED}})) == {WEB}
 
 
 @pytest.fixture

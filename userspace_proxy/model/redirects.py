@@ -1,12 +1,7 @@
-"""What the rules of userspace mode do, in any rule language."""
+"""How rules capture packets to portals, and tell packets of pods and of this proxy from others."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-
-from userspace_proxy.model.names import ServicePortName
-from userspace_proxy.model.routes import Sender
-from userspace_proxy.model.service import Portal
 
 # Mark on our packets to backends; the rules skip them. One bit, used neither by kube-proxy (0x4000, 0x8000) nor by
 # Cilium (0x0f00) or Calico (0xffff0000).
@@ -38,26 +33,3 @@ class PodDetector:
 
 # Value in place of a proxy port: packets are dropped.
 DROPPED = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Redirects:
-    """The rules of userspace mode: the proxy port for each portal, or DROPPED.
-
-    ``exceptions``: take precedence over ``ports`` for packets of these senders. ``allowed``: the CIDRs that may dial
-    these portals; packets from elsewhere are dropped. ``node_ports_on``: CIDRs of node addresses that serve node
-    ports; all addresses of a family serve them if it has no CIDR here.
-    ``transparent``: some listener uses its clients' addresses towards backends, so replies must be routed to this host.
-    ``refuse_port``: a port without a listener. Packets to portals without endpoints go there, and the kernel refuses
-    them: with a reset for TCP, with port unreachable for UDP.
-    """
-
-    ports: Mapping[Portal, int] = field(default_factory=dict)
-    names: Mapping[Portal, ServicePortName] = field(default_factory=dict)
-    refuse_port: int = 0
-    capture: Capture = Capture.REDIRECT
-    exceptions: Mapping[Sender, Mapping[Portal, int]] = field(default_factory=dict)
-    allowed: Mapping[Portal, tuple[str, ...]] = field(default_factory=dict)
-    node_ports_on: tuple[str, ...] = ()
-    pods: PodDetector | None = None
-    transparent: bool = False

@@ -11,7 +11,7 @@ from userspace_proxy.host.firewalls import FORWARDED, Passage
 from userspace_proxy.modes.mode import Mode, ModeSettings, PreparedMode, ProxierRequest, Removal, RenderRequest
 
 if TYPE_CHECKING:
-    from userspace_proxy.modes.kernel_proxier import KernelProxier
+    from userspace_proxy.modes.kernel_proxier import KernelProxier, KernelTranslator
     from userspace_proxy.modes.kernel_rules import KernelRules
     from userspace_proxy.modes.plans import NodeRules
     from userspace_proxy.modes.rule_line import Rules
@@ -28,12 +28,14 @@ class KernelMode(Mode):
     firewall_passages: tuple[Passage, ...] = (FORWARDED,)
 
     async def prepare(self, settings: ModeSettings) -> PreparedMode:
+        from userspace_proxy.modes.kernel_proxier import KernelProxier
+
         kernel = self.make_rules(settings)
         await kernel.prepare()
 
         def make_proxier(request: ProxierRequest) -> KernelProxier:
             warn_unless_forwarding()
-            return _make_proxier(kernel, settings, request.rules)
+            return KernelProxier(kernel, _translator(settings, request.rules))
 
         return PreparedMode(make_proxier)
 
@@ -41,10 +43,10 @@ class KernelMode(Mode):
         return (self.make_rules(settings).remove,)
 
     def render(self, request: RenderRequest) -> Rules:
-        kernel = self.make_rules(request.settings)
-        translations, facts = _make_proxier(kernel, request.settings, request.rules).translated(request.state)
-        names = translations.keys() if request.names is None else translations.keys() & request.names
-        return kernel.rules({name: translations[name] for name in request.state.service_ports if name in names}, facts)
+        translator = _translator(request.settings, request.rules)
+        translator.plan(request.state)
+        translator.translate()
+        return self.make_rules(request.settings).rules(request.chosen(translator.translations), translator.facts())
 
 
 def warn_unless_forwarding() -> None:
@@ -55,8 +57,8 @@ def warn_unless_forwarding() -> None:
         log.warning("this node forwards no packets (sysctl net.ipv4.ip_forward): only its own processes are served")
 
 
-def _make_proxier(kernel: KernelRules, settings: ModeSettings, rules: NodeRules) -> KernelProxier:
-    from userspace_proxy.modes.kernel_proxier import KernelProxier
+def _translator(settings: ModeSettings, rules: NodeRules) -> KernelTranslator:
+    from userspace_proxy.modes.kernel_proxier import KernelTranslator
 
     cidrs = tuple(map(str, settings.service_ranges))
-    return KernelProxier(kernel, rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)
+    return KernelTranslator(rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)

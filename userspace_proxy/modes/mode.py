@@ -8,7 +8,7 @@ Listing the modes must be cheap: a mode's `mode.py` imports the rest of its code
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from userspace_proxy.model.listeners import ListenerSpec
     from userspace_proxy.model.names import ServicePortName
     from userspace_proxy.model.state import ProxyState
+    from userspace_proxy.modes.kernel_rules import Translation
     from userspace_proxy.modes.plans import NodeRules
     from userspace_proxy.modes.rule_line import Rules
 
@@ -84,6 +85,11 @@ class RenderRequest:
     rules: NodeRules
     language: str
     names: Set[ServicePortName] | None = None
+
+    def chosen(self, translations: Mapping[ServicePortName, Translation]) -> dict[ServicePortName, Translation]:
+        """Return the *translations* to render, in the order of the state."""
+        names = translations.keys() if self.names is None else translations.keys() & self.names
+        return {name: translations[name] for name in self.state.service_ports if name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

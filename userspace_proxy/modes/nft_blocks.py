@@ -181,7 +181,8 @@ def nat_hook(hook: str, priority: int) -> RuleLine:
 
 
 def set_block(name: str, kind: SetKind, items: Sequence[RuleLine] = ()) -> Block:
-    return Block(kind.word, name, kind.reason, (RuleLine(kind.declared, kind.parts),), items)
+    note = (RuleLine(f'comment "{kind.note}"', "A note for readers of the rules."),) if kind.note else ()
+    return Block(kind.word, name, kind.reason, (*note, RuleLine(kind.declared, kind.parts)), items)
 
 
 def table_start(name: str) -> tuple[RuleLine, ...]:

@@ -4,21 +4,17 @@ Userspace mode opens the listeners. In kernel modes, a listener's name stands fo
 """
 
 import ipaddress
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
-from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.model.endpoint import Endpoint, Family, family_of
 from userspace_proxy.model.listeners import Backends
 from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
-from userspace_proxy.model.redirects import DROPPED, Capture, PodDetector, Redirects
-from userspace_proxy.model.routes import Refusal, Route, Sender, listeners, routes
+from userspace_proxy.model.redirects import Capture, PodDetector
+from userspace_proxy.model.routes import Route, listeners, routes
 from userspace_proxy.model.service import ConnectionPolicy, Portal, ServicePort, SourceIP, load_balancer_portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node, Reach, reach, serving_endpoints
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +110,9 @@ class Plans:
         self._unfinished: dict[ServicePortName, None] = {}
         self._gone: dict[ServicePortName, None] = {}
 
-    def update(self, state: ProxyState, rules: NodeRules) -> bool:
-        """Plan the changed service ports; return whether the rules of userspace mode change, too.
-
-        They do not if endpoints change, unless a service port gets its first one or loses its last one.
-        """
+    def update(self, state: ProxyState, rules: NodeRules) -> None:
+        """Plan the changed service ports."""
         before, detects_pods = self.state, rules.detects_pods(state.node)
-        is_other = state.node != before.node
         for name in self._suspects(state):
             service_port, endpoints, held = state.service_ports[name], state.endpoints[name], self.held.get(name)
             if held is None or not held.is_of(service_port, endpoints) or state.node is not before.node:
@@ -128,15 +120,12 @@ class Plans:
                 self.held[name] = made
                 self._unfinished[name] = None
                 self._gone.pop(name, None)
-                is_other |= held is None or held.routes != made.routes or held.service_port != made.service_port
         is_removed = len(self.held) != len(state.service_ports)
         for name in [name for name in self.held if name not in state.service_ports] if is_removed else ():
             del self.held[name]
             self._unfinished.pop(name, None)
             self._gone[name] = None
-            is_other = True
         self.state = state
-        return is_other
 
     def _suspects(self, state: ProxyState) -> list[ServicePortName]:
         """Return the service ports whose plans may be outdated."""
@@ -165,40 +154,6 @@ class Plans:
         self._gone.clear()
 
 
-def redirects_to(
-    opened: Mapping[ListenerName, int],
-    plans: Mapping[ServicePortName, Plan],
-    refuse_port: int,
-    rules: NodeRules,
-    node: Node,
-) -> tuple[Redirects, dict[Portal, ServicePortName]]:
-    """Return the rules for the routes of *plans* to *opened* (listener -> proxy port), and rejected claims. Pure.
-
-    Portals without endpoints go to *refuse_port*. Portals of listeners that could not be opened have no rule. If two
-    service ports claim a portal, the first one has it; the second part of the result names the other one.
-    """
-    names: dict[Portal, ServicePortName] = {}
-    claimed: dict[Portal, ServicePortName] = {}
-    levels: dict[Sender, dict[Portal, int]] = {}
-    allowed: dict[Portal, tuple[str, ...]] = {}
-    targets = dict[ListenerName | Refusal, int](opened.items())
-    targets |= {Refusal.REJECT: refuse_port, Refusal.DROP: DROPPED}
-    for name, planned in plans.items():
-        for portal, sender, to in planned.routes:
-            port = targets.get(to)
-            if port is not None and names.setdefault(portal, name) is name:
-                levels.setdefault(sender, {})[portal] = port
-            elif port is not None:
-                claimed[portal] = name
-        restricted = restricted_portals(planned.service_port, node).items()
-        allowed |= {portal: cidrs for portal, cidrs in restricted if names.get(portal) is name}
-    ports = levels.pop(Sender.ANYBODY, {})
-    on, pods = rules.node_ports_on(node), rules.detector(node)
-    transparent = any(listener.transparent for listener in opened)
-    made = Redirects(ports, names, refuse_port, rules.capture, levels, allowed, on, pods, transparent)
-    return made, claimed
-
-
 def restricted_portals(service_port: ServicePort, node: Node) -> dict[Portal, tuple[str, ...]]:
     """Return the portals that only some clients may dial, and the CIDRs of these clients."""
     portals = load_balancer_portals(service_port) if service_port.source_ranges else ()
@@ -216,32 +171,3 @@ def allowed_to_dial(service_port: ServicePort, portal: Portal, node: Node) -> tu
     if any(ipaddress.ip_address(ip) in network for ip in node.addresses for network in networks):
         return (*ranges, f"{portal.ip}/{32 if portal.family == 4 else 128}")
     return ranges
-
-
-def planned_redirects(
-    state: ProxyState, ports: ProxyPorts, rules: NodeRules, names: Collection[ServicePortName] | None = None
-) -> Redirects:
-    """Return the rules for *state* as if every port were free; only those for *names*, if given. Loads nothing."""
-    refuse_port = ports.next_refusing(set()) or 0
-    plans = {
-        name: plan(service_port, state.endpoints[name], state.node, detects_pods=rules.detects_pods(state.node))
-        for name, service_port in state.service_ports.items()
-    }
-    listeners_of_all = (listener for planned in plans.values() for listener in planned.listeners)
-    opened = {listener: port for listener in listeners_of_all if (port := ports.next_for(listener, set()))}
-    redirects, _ = redirects_to(opened, plans, refuse_port, rules, state.node)
-    return redirects if names is None else _only(redirects, names)
-
-
-def _only(redirects: Redirects, names: Collection[ServicePortName]) -> Redirects:
-    """Return the part of *redirects* for *names*."""
-
-    def kept(of: Mapping[Portal, _T]) -> dict[Portal, _T]:
-        return {portal: value for portal, value in of.items() if redirects.names.get(portal) in names}
-
-    return replace(
-        redirects,
-        ports=kept(redirects.ports),
-        exceptions={sender: kept(ports) for sender, ports in redirects.exceptions.items()},
-        allowed=kept(redirects.allowed),
-    )

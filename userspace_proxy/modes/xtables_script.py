@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.modes.portal_names import host
 from userspace_proxy.modes.rule_line import Reason, RuleLine, Rules
 from userspace_proxy.netfilter.xtables import OUT_BY_LO
+
+_Item = TypeVar("_Item")
 
 TOOLS = ("# iptables-restore --noflush", "# ip6tables-restore --noflush")
 _TABLES = {
@@ -75,6 +77,11 @@ def called_chain(rule: str) -> str:
 def block(table: str, lines: Sequence[str]) -> str:
     """Return *lines* as one transaction; "" if there are none."""
     return "".join(f"{line}\n" for line in (f"*{table}", *lines, "COMMIT")) if lines else ""
+
+
+def parts(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
+    """Yield *items* in parts of at most *size*."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def flushed(chains: Iterable[ChainKey]) -> Iterator[str]:

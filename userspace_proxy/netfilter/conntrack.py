@@ -19,7 +19,6 @@ from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import run_tool
 from userspace_proxy.model.endpoint import Address, Family, family_of
 from userspace_proxy.model.names import L4Protocol
-from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import Portal
 from userspace_proxy.netfilter.nfnetlink import delete_flows
 
@@ -28,39 +27,6 @@ Answering = Set[Address]
 ANY_IP = ""
 
 log = logging.getLogger(__name__)
-
-
-def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, Answering]:
-    """Return the UDP portals whose destination differs between *old* and *new*, with the local ports they now lead to.
-
-    A portal has several ports if clients are treated differently by source address.
-    """
-    before, after = udp_ports(old), udp_ports(new)
-    nowhere: Answering = frozenset()
-    return {
-        portal: after.get(portal, nowhere)
-        for portal in {**before, **after}
-        if before.get(portal, nowhere) != after.get(portal, nowhere)
-    }
-
-
-def udp_ports(redirects: Redirects) -> dict[Portal, Answering]:
-    """Return the local ports to which each UDP portal leads."""
-    found: dict[Portal, Answering] = {}
-    for ports in (redirects.ports, *redirects.exceptions.values()):
-        for portal, port in ports.items():
-            if portal.protocol is L4Protocol.UDP:
-                found[portal] = found.get(portal, frozenset()) | {(ANY_IP, port)}
-    return found
-
-
-def new_tcp_portals(old: Redirects, new: Redirects) -> set[Portal]:
-    """Return the TCP portals that are in *new* but not in *old*."""
-    before, after = (
-        {portal for ports in (r.ports, *r.exceptions.values()) for portal in ports if portal.protocol is L4Protocol.TCP}
-        for r in (old, new)
-    )
-    return after - before
 
 
 class Flow(NamedTuple):

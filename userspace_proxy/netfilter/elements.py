@@ -93,8 +93,9 @@ def element(key: bytes, value: bytes = b"", comment: str = "", *, is_interval: b
 
 
 def _data(kind: int, value: bytes) -> bytes:
-    size = len(value)  # always a multiple of four
-    return struct.pack("=HHHH", 8 + size, kind | NESTED, 4 + size, _VALUE) + value
+    size = len(value)
+    value += bytes(-size % 4)
+    return struct.pack("=HHHH", 8 + len(value), kind | NESTED, 4 + size, _VALUE) + value
 
 
 def _chunks(elements: Iterable[bytes]) -> Iterator[bytes]:

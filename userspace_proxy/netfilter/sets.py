@@ -22,7 +22,7 @@ _PROTOCOLS = {L4Protocol.TCP: socket.IPPROTO_TCP, L4Protocol.UDP: socket.IPPROTO
 class SetKind:
     """One set or map: the types of its keys and values, ``reason``: its purpose, ``parts``: the meaning of an element.
 
-    ``typeof``: declares types without names by expressions.
+    ``typeof``: declares types without names by expressions. ``note``: a comment in the kernel.
     """
 
     key: tuple[str, ...]
@@ -33,6 +33,7 @@ class SetKind:
     is_interval: bool = False
     names_owner: bool = False  # elements carry the service port's name as a comment
     is_shared: bool = False  # several service ports may share an element
+    note: str = ""
 
     @property
     def word(self) -> str:
@@ -50,21 +51,24 @@ class SetKind:
 # ---- bytes
 
 packed_number = struct.Struct("=I").pack
+packed_lone_port = struct.Struct("!H").pack  # as the whole value of a map
 
 
 def packed_port(port: int) -> bytes:
     return struct.pack("!H2x", port)
 
 
-@functools.lru_cache(100_000)
-def packed_ip(ip: str) -> bytes:
+def _packed_ip(ip: str) -> bytes:
     return socket.inet_pton(socket.AF_INET if family_of(ip) == 4 else socket.AF_INET6, ip)
+
+
+packed_ip = functools.lru_cache(100_000)(_packed_ip)  # endpoints are packed again and again
 
 
 def packed_portal(portal: Portal) -> bytes:
     """Return *portal* as a key: address, protocol and port; a node port's key has no address."""
     port = struct.pack("=B3x", _PROTOCOLS[portal.protocol]) + packed_port(portal.port)
-    return port if portal.is_node_port else packed_ip(portal.ip) + port
+    return port if portal.is_node_port else _packed_ip(portal.ip) + port
 
 
 def packed_ranges(portal: Portal, networks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
@@ -86,12 +90,17 @@ def shown(kind: SetKind, key: bytes, value: bytes, owner: ServicePortName) -> st
 
 
 def key_fields(kind: SetKind, key: bytes) -> list[str]:
-    """Return the parts of *key* as nft shows them, those of an interval as ``first-last``."""
+    """Return the parts of *key* as nft shows them: in an interval, a network or ``first-last``."""
     if not kind.is_interval:
         return fields(kind.key, key)
     half = len(key) // 2
     first, last = fields(kind.key, key[:half]), fields(kind.key, key[half:])
-    return [a if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True)]
+    return [a if a == b else _range(a, b) for a, b in zip(first, last, strict=True)]
+
+
+def _range(first: str, last: str) -> str:
+    networks = list(ipaddress.summarize_address_range(ipaddress.ip_address(first), ipaddress.ip_address(last)))
+    return str(networks[0]) if len(networks) == 1 else f"{first}-{last}"
 
 
 def fields(types: Iterable[str], packed: bytes) -> list[str]:

@@ -26,6 +26,7 @@ from userspace_proxy.lab import Lab
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Balance, Portal, ServicePort
+from userspace_proxy.modes.element_tables import ElementTables
 from userspace_proxy.modes.ipvs.changes import (
     ConnectionCounts,
     ServerChange,
@@ -48,7 +49,6 @@ from userspace_proxy.modes.ipvs.table import (
     virtual_servers,
 )
 from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
-from userspace_proxy.modes.slots.element_tables import ElementTables
 
 FACTS = NodeFacts(HERE, PODS)
 WEB, DNS = Portal("10.96.0.1", 80, TCP), Portal("10.96.0.10", 53, UDP)

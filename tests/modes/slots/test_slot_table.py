@@ -19,10 +19,10 @@ from userspace_proxy.model.names import L4Protocol, ServicePortName
 from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.service import ServicePort, SourceIP, load_balancer_portals
 from userspace_proxy.model.topology import Node
+from userspace_proxy.modes.element_tables import ElementTables
 from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.plans import plan
 from userspace_proxy.modes.slots import slot_table as slots
-from userspace_proxy.modes.slots.element_tables import ElementTables
 from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.netfilter.nft_text import removal
 
@@ -246,7 +246,7 @@ def test_random_changes_end_with_the_whole_new_table(lab: Lab) -> None:
         load(tables, ours, new, {*old, *new, PINNED.service_port.name})
         whole = slot_tables()
         whole.table = tables.table  # what numbers there are depends on who came first
-        whole._timeouts_s = tables._timeouts_s
+        whole._needs = tables._needs
         other.run("nft", "-f", "-", stdin=removal(TABLE))
         load(whole, other, new, set())
 

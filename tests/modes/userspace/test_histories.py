@@ -32,11 +32,13 @@ from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.errors import SyncError
 from userspace_proxy.model.endpoint import Address
-from userspace_proxy.model.names import ListenerName, NamespacedName
-from userspace_proxy.model.redirects import Capture, PodDetector, Redirects
+from userspace_proxy.model.names import ListenerName, NamespacedName, ServicePortName
+from userspace_proxy.model.redirects import Capture, PodDetector
 from userspace_proxy.model.topology import Node
+from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.plans import NodeRules
 from userspace_proxy.modes.userspace.proxier import UserspaceProxier
+from userspace_proxy.modes.userspace.redirects import RedirectTranslator
 from userspace_proxy.netfilter import conntrack
 
 _SERVICES = ("web", "dns")
@@ -46,21 +48,24 @@ _RULES = NodeRules(pods=PodDetector(cidrs=("10.0.0.0/8",)))
 class HeldRules:
     """A kernel that holds the loaded rules, or refuses them."""
 
-    language = "none"
-
     def __init__(self) -> None:
-        self.redirects = Redirects()
+        self.held: dict[ServicePortName, Translation] = {}
+        self.facts = NodeFacts()
         self.refuses = False
 
-    async def load(self, redirects: Redirects) -> None:
+    async def load(self, update: RuleUpdate) -> None:
         if self.refuses:
             raise SyncError("refused")
-        self.redirects = redirects
+        for name in update.changed:
+            self.held.pop(name, None)
+            if name in update.translations:
+                self.held[name] = update.translations[name]
+        self.facts = update.facts
 
     async def reload(self) -> None: ...
 
     async def remove(self) -> None:
-        self.redirects = Redirects()
+        self.held = {}
 
     async def is_intact(self) -> bool:
         return True
@@ -194,21 +199,18 @@ class Run:
     def held(self) -> Held:
         listeners = {listener.spec.proxy_port: listener for listener in self.plane.listeners.values()}
         by_port: dict[int, object] = {port: listener.name for port, listener in listeners.items()}
-        redirects = self.kernel.redirects
-        by_port |= {0: "dropped", redirects.refuse_port: "refused"}
-
-        def named(ports: Mapping[Any, int]) -> Mapping[Any, object]:
-            return {portal: by_port[port] for portal, port in ports.items()}
-
+        by_port |= {0: "dropped", self.kernel.facts.refuse_port: "refused"}
+        rules = {
+            name: (
+                {(r.portal, r.sender): by_port[port] for r, port in zip(made.routes, made.ports, strict=True)},
+                dict(made.allowed),
+            )
+            for name, made in self.kernel.held.items()
+            if made.routes
+        }
+        facts = self.kernel.facts
         return Held(
-            rules=(
-                named(redirects.ports),
-                {sender: named(ports) for sender, ports in redirects.exceptions.items()},
-                dict(redirects.names),
-                dict(redirects.allowed),
-                redirects.node_ports_on,
-                redirects.capture is Capture.REDIRECT,
-            ),
+            rules=(rules, facts.node_ports_on, facts.capture is Capture.REDIRECT),
             pickers={listener.name: frozenset(listener.picker.endpoints) for listener in listeners.values()},
         )
 
@@ -216,7 +218,7 @@ class Run:
 @contextlib.asynccontextmanager
 async def running() -> AsyncIterator[Run]:
     local_plane, kernel = LocalPlane(Limits()), HeldRules()
-    proxier = UserspaceProxier(local_plane, kernel, ProxyPorts(10_000, 29_999, {}), _RULES)
+    proxier = UserspaceProxier(local_plane, kernel, ProxyPorts(10_000, 29_999, {}), RedirectTranslator(_RULES))
     try:
         yield Run(proxier, local_plane, kernel, Tracker(Allocations(), here=Node("here")))
     finally:

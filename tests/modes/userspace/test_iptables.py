@@ -16,6 +16,7 @@ from tests.modes.redirect_cases import (
     LONGEST_WITH_PORT,
     NOTHING,
     TCP,
+    Redirects,
     any_redirects,
     assert_golden,
     name,
@@ -23,7 +24,6 @@ from tests.modes.redirect_cases import (
 )
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import Family
-from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.modes.userspace import iptables
 
 # What a node may have of others, with all that could be taken for ours.
@@ -63,7 +63,7 @@ class Tables:
         assert done.returncode == 0, f"{done.stderr}\n{script}"
 
     def load(self, wanted: Redirects) -> None:
-        self.restore(iptables.restore(wanted, self._family, self.saved()))
+        self.restore(wanted.iptables(self._family, self.saved()))
 
     def remove(self) -> None:
         if script := iptables.removal(self.saved()):
@@ -92,7 +92,7 @@ def tables(host: Host, family: tuple[Family, str]) -> Tables:
 def test_the_rules_read_as_written_down(case: str, family: tuple[Family, str]) -> None:
     version, prefix = family
 
-    assert_golden(f"{prefix}-{case}.rules", iptables.restore(CASES[case], version, ""))
+    assert_golden(f"{prefix}-{case}.rules", CASES[case].iptables(version, ""))
 
 
 def test_the_removal_reads_as_written_down() -> None:
@@ -146,9 +146,8 @@ def test_our_rules_are_recognised_by_chains_and_targets_not_by_comments(line: st
 
 def test_node_port_rules_come_after_the_rules_of_addresses() -> None:
     """Otherwise a node port would capture packets to the same port of a cluster IP that is an address of this node."""
-    script = iptables.restore(
-        redirects((ANY4, 80, name("a/node"), 10_001), ("10.96.0.1", 80, name("a/ip"), 10_002)), 4, ""
-    )
+    both = redirects((ANY4, 80, name("a/node"), 10_001), ("10.96.0.1", 80, name("a/ip"), 10_002))
+    script = both.iptables(4, "")
 
     nat = script[script.index("*nat") :]
     assert nat.index("10.96.0.1") < nat.index("--dst-type LOCAL")
@@ -159,7 +158,7 @@ def test_node_port_rules_come_after_the_rules_of_addresses() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_lists_what_was_asked_for(tables: Tables, family: tuple[Family, str], case: str) -> None:
-    script = iptables.restore(CASES[case], family[0], tables.saved())
+    script = CASES[case].iptables(family[0], tables.saved())
     tables.restore(script, "--test")
 
     tables.restore(script)
@@ -252,7 +251,7 @@ def test_our_rules_in_a_listing_do_not_depend_on_rules_of_other_programs(tables:
 def test_a_refused_load_leaves_what_was_there(host: Host, tables: Tables, family: tuple[Family, str]) -> None:
     tables.load(EVERYTHING)
     before = tables.skeleton()
-    script = iptables.restore(NOTHING, family[0], tables.saved()).replace("-j RETURN", "-j NO-SUCH-CHAIN")
+    script = NOTHING.iptables(family[0], tables.saved()).replace("-j RETURN", "-j NO-SUCH-CHAIN")
 
     assert host.run(f"{family[1]}-restore", "--noflush", stdin=script, check=False).returncode != 0
 

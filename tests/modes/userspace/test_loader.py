@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.modes.redirect_cases import CASES, EVERYTHING, LOCAL, name, redirects
+from tests.modes.redirect_cases import CASES, EVERYTHING, LOCAL, Redirects, name, redirects
 from userspace_proxy import netlink
 from userspace_proxy.lab import Host
-from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.modes.userspace.loader import IptablesKernel, NftKernel
+from userspace_proxy.netfilter.elements import NftSocket
 from userspace_proxy.netfilter.nfnetlink import count_rules
 
 
@@ -27,7 +27,7 @@ async def test_loaded_rules_are_intact_until_another_program_changes_them(host: 
             "add rule inet userspace_proxy services accept",
             "insert rule inet userspace_proxy output accept",
         ):
-            await kernel.load(wanted)
+            await kernel.load(wanted.update())
             assert await kernel.is_intact()
 
             host.run("nft", touch)
@@ -41,8 +41,8 @@ async def test_a_change_leaves_them_intact_and_tables_of_others_do_not_count(hos
     kernel = NftKernel()
     with host.inside():
         host.run("nft", "table ip userspace_proxy { chain c { accept; }; }; table inet theirs { chain c { accept; }; }")
-        for wanted in (EVERYTHING, LOCAL, EVERYTHING):
-            await kernel.load(wanted)
+        for before, wanted in ((None, EVERYTHING), (EVERYTHING, LOCAL), (LOCAL, EVERYTHING)):
+            await kernel.load(wanted.update(before))
             assert await kernel.is_intact()
         await kernel.remove()
         assert count_rules("inet userspace_proxy") == 0
@@ -66,7 +66,7 @@ async def test_looking_costs_the_same_however_many_services_there_are(
     bytes_heard = []
     with host.inside():
         for several in (rows[:10], rows):
-            await kernel.load(redirects(*several))
+            await kernel.load(redirects(*several).update())
             heard.clear()
             assert await kernel.is_intact()
             bytes_heard.append(sum(heard))
@@ -79,7 +79,7 @@ async def test_a_look_follows_a_load_by_iptables_during_which_nothing_was_heard(
     kernel, looked = IptablesKernel(), asyncio.Event()
     with host.inside():
         await kernel.watch(looked.set)
-        await kernel.load(EVERYTHING)
+        await kernel.load(EVERYTHING.update())
         looked.clear()
         try:
             async with asyncio.timeout(20):
@@ -87,3 +87,25 @@ async def test_a_look_follows_a_load_by_iptables_during_which_nothing_was_heard(
         finally:
             kernel.unwatch()
             await kernel.remove()
+
+
+async def test_a_change_of_one_portal_among_ten_thousand_is_a_few_hundred_bytes(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(f"10.96.{n // 250}.{n % 250}", 80, name(f"ns/s{n}"), 10_000 + n) for n in range(10_000)]
+    everything, fewer = redirects(*rows), redirects(*rows[1:])
+    sent, send = list[int](), NftSocket.send
+
+    def counted(sock: NftSocket, batch: bytes, last: int) -> None:
+        sent.append(len(batch))
+        send(sock, batch, last)
+
+    monkeypatch.setattr(NftSocket, "send", counted)
+    kernel = NftKernel()
+    with host.inside():
+        await kernel.load(everything.update())
+        await kernel.load(fewer.update(everything))
+        await kernel.remove()
+
+    assert sent[0] > 500_000
+    assert sum(sent[1:]) < 1_000

@@ -1,10 +1,10 @@
-"""Our nftables text: as it is written, as the kernel takes it, and that a change comes to the same as the whole."""
+"""Our nftables text: as it is written, as the kernel takes it, and that a change has the same result as the whole."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from tests.modes.redirect_cases import (
     LONGEST_WITH_PORT,
     NOTHING,
     UDP,
+    Redirects,
     any_redirects,
     assert_golden,
     name,
@@ -27,10 +28,11 @@ from tests.modes.redirect_cases import (
 )
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.names import NamespacedName, ServicePortName
-from userspace_proxy.model.redirects import DROPPED, Redirects
+from userspace_proxy.model.redirects import DROPPED
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.userspace import nft
+from userspace_proxy.modes.userspace.loader import NftKernel
 from userspace_proxy.modes.userspace.transparent_replies import bridge_table
 from userspace_proxy.netfilter import nft_text
 from userspace_proxy.netfilter.nft_text import removal
@@ -45,6 +47,11 @@ def in_force(host: Host) -> Any:
     """Return our table as the kernel lists it, without the parts that depend on the order of loads."""
     listed = json.loads(host.run("nft", "--json", "list", "table", *nft.TABLE.split()).stdout)["nftables"]
     return [_plain(item) for item in listed if "metainfo" not in item]
+
+
+def held(host: Host) -> Any:
+    """Return the sets and maps that have elements, as the kernel lists them."""
+    return [item for item in in_force(host) if any(item.get(kind, {}).get("elem") for kind in ("set", "map"))]
 
 
 def _plain(value: Any) -> Any:
@@ -77,44 +84,11 @@ def key(portal: Portal) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_whole_table_reads_as_written_down(case: str) -> None:
-    assert_golden(f"nft-{case}.nft", nft.table(CASES[case]))
-
-
-@pytest.mark.parametrize(
-    ("case", "old", "new"),
-    [
-        ("first", NOTHING, EVERYTHING),
-        ("last", EVERYTHING, NOTHING),
-        ("capture", EVERYTHING, EVERYTHING_BY_ADDRESS),
-        ("policy", EVERYTHING, LOCAL),
-        (
-            "one-port",
-            redirects(("10.96.0.1", 80, name("shop/web"), 10_001), ("10.96.0.2", 80, name("shop/db"), 10_002)),
-            redirects(("10.96.0.1", 80, name("shop/web"), 29_999), ("10.96.0.2", 80, name("shop/db"), 10_002)),
-        ),
-    ],
-)
-def test_a_change_reads_as_written_down(case: str, old: Redirects, new: Redirects) -> None:
-    assert_golden(f"nft-change-{case}.nft", nft.change(old, new))
+    assert_golden(f"nft-{case}.nft", CASES[case].nft())
 
 
 def test_the_table_for_bridges_reads_as_written_down() -> None:
     assert_golden("nft-bridge.nft", bridge_table())
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_without_a_change_there_is_nothing_to_load(case: str) -> None:
-    same = CASES[case]
-
-    assert nft.change(same, replace(same, ports=dict(same.ports))) == ""
-
-
-def test_a_change_of_one_portal_among_ten_thousand_is_a_few_lines() -> None:
-    rows = [(f"10.96.{n // 250}.{n % 250}", 80, name(f"ns/s{n}"), 10_000 + n) for n in range(10_000)]
-
-    script = nft.change(redirects(*rows), redirects(*rows[1:]))
-
-    assert len(script.splitlines()) == 2
 
 
 # ---- comments
@@ -166,9 +140,9 @@ def test_long_names_that_differ_have_comments_that_differ() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_holds_what_was_asked_for(host: Host, case: str) -> None:
     wanted = CASES[case]
-    assert host.run("nft", "--check", "-f", "-", stdin=nft.table(wanted), check=False).stderr == ""
+    assert host.run("nft", "--check", "-f", "-", stdin=wanted.nft(), check=False).stderr == ""
 
-    load(host, nft.table(wanted))
+    load(host, wanted.nft())
 
     for family in (4, 6):
         for kind, is_node_port in (("service_ips", False), ("node_ports", True)):
@@ -189,7 +163,7 @@ def test_the_kernel_holds_what_was_asked_for(host: Host, case: str) -> None:
 
 
 def test_rules_can_be_found_by_the_longest_legal_names(host: Host) -> None:
-    load(host, nft.table(LONG_NAMES))
+    load(host, LONG_NAMES.nft())
 
     listed = host.run("nft", "list", "ruleset").stdout
 
@@ -199,19 +173,19 @@ def test_rules_can_be_found_by_the_longest_legal_names(host: Host) -> None:
 
 
 def test_loading_again_changes_nothing(host: Host) -> None:
-    load(host, nft.table(EVERYTHING))
+    load(host, EVERYTHING.nft())
     before = in_force(host)
 
-    load(host, nft.table(EVERYTHING))
+    load(host, EVERYTHING.nft())
 
     assert in_force(host) == before
 
 
 def test_a_refused_load_leaves_what_was_there(host: Host) -> None:
-    load(host, nft.table(EVERYTHING))
+    load(host, EVERYTHING.nft())
     before = in_force(host)
 
-    broken = nft.table(NOTHING) + "add rule inet no_such_table x accept\n"
+    broken = NOTHING.nft() + "add rule inet no_such_table x accept\n"
     assert host.run("nft", "-f", "-", stdin=broken, check=False).returncode != 0
 
     assert in_force(host) == before
@@ -219,7 +193,7 @@ def test_a_refused_load_leaves_what_was_there(host: Host) -> None:
 
 def test_removal_takes_our_table_and_no_other_and_may_be_repeated(host: Host) -> None:
     host.run("nft", "table inet theirs { chain c { }; }")
-    load(host, nft.table(EVERYTHING))
+    load(host, EVERYTHING.nft())
 
     load(host, removal(nft.TABLE))
     load(host, removal(nft.TABLE))
@@ -229,18 +203,24 @@ def test_removal_takes_our_table_and_no_other_and_may_be_repeated(host: Host) ->
 
 
 def test_random_changes_end_with_the_whole_new_table(lab: Lab, host: Host) -> None:
-    """Changes on one host, whole tables on another; both must list the same after each step."""
+    """Changes on one host, whole tables on another; both must list the same elements after each step."""
     other, chance = lab.add("whole"), random.Random(1)
-    old = NOTHING
-    load(host, nft.table(old))
-    for step in range(25):
-        new = any_redirects(chance)
-        if script := nft.change(old, new):
-            load(host, script)
-        load(other, nft.table(new))
 
-        assert in_force(host) == in_force(other), f"step {step}: {old} -> {new}"
-        old = new
+    async def change_again_and_again() -> None:
+        old, kernel = NOTHING, NftKernel()
+        await kernel.load(old.update())
+        for step in range(25):
+            new = any_redirects(chance)
+            await kernel.load(new.update(old))
+            assert await kernel.is_intact()
+            load(other, new.nft())
+
+            assert held(host) == held(other), f"step {step}: {old} -> {new}"
+            old = new
+        await kernel.remove()
+
+    with host.inside():
+        asyncio.run(change_again_and_again())
 
 
 @pytest.mark.parametrize(
@@ -250,29 +230,46 @@ def test_random_changes_end_with_the_whole_new_table(lab: Lab, host: Host) -> No
         (EVERYTHING, LONG_NAMES),
         (LONG_NAMES, LOCAL),
         (LOCAL, LOCAL_BY_INTERFACE),
-        (LOCAL, NOTHING),
+        (NOTHING, EVERYTHING),
     ],
 )
-def test_a_change_loads_the_same_rules_as_a_full_load(lab: Lab, host: Host, old: Redirects, new: Redirects) -> None:
-    load(host, nft.table(new))
+async def test_a_change_loads_the_same_rules_as_a_full_load(host: Host, old: Redirects, new: Redirects) -> None:
+    load(host, new.nft())
     expected = in_force(host)
-    load(host, nft.table(old))
+    load(host, removal(nft.TABLE))
+    kernel = NftKernel()
+    with host.inside():
+        await kernel.load(old.update())
 
-    load(host, nft.change(old, new))
+        await kernel.load(new.update(old))
 
-    assert in_force(host) == expected
+        assert in_force(host) == expected
+        await kernel.remove()
 
 
-def test_an_address_that_changes_hands_gets_the_comment_of_its_new_service(host: Host) -> None:
-    load(host, nft.table(redirects(("10.96.0.1", 80, name("ns/old"), 29_999))))
+async def test_a_table_that_the_nft_tool_wrote_is_taken_over(host: Host) -> None:
+    """An instance of an earlier version loads that text."""
+    load(host, LOCAL.nft())
+    kernel = NftKernel()
+    with host.inside():
+        await kernel.load(EVERYTHING.update())
 
-    load(
-        host,
-        nft.change(
-            redirects(("10.96.0.1", 80, name("ns/old"), 29_999)), redirects(("10.96.0.1", 80, name("ns/new"), 29_999))
-        ),
-    )
+        assert await kernel.is_intact()
+        listed = held(host)
+        await kernel.remove()
+    load(host, EVERYTHING.nft())
+    assert listed == held(host)
 
-    listed = host.run("nft", "list", "ruleset").stdout
+
+async def test_an_address_that_changes_hands_gets_the_comment_of_its_new_service(host: Host) -> None:
+    old, new = (redirects(("10.96.0.1", 80, name(f"ns/{each}"), 29_999)) for each in ("old", "new"))
+    kernel = NftKernel()
+    with host.inside():
+        await kernel.load(old.update())
+
+        await kernel.load(new.update(old))
+
+        listed = host.run("nft", "list", "ruleset").stdout
+        await kernel.remove()
     assert "ns/new" in listed
     assert "ns/old" not in listed

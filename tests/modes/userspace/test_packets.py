@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import pytest
 
-from tests.modes.redirect_cases import ANY4, ANY6, REFUSE_PORT, TCP, UDP
+from tests.modes.redirect_cases import ANY4, ANY6, REFUSE_PORT, TCP, UDP, Redirects
 from userspace_proxy.host.network import LOCAL_ADDRESS4, LOCAL_ADDRESS6
 from userspace_proxy.lab import Host, Lab, ServiceLab, connect
 from userspace_proxy.lab.hosts import CLIENT_IP, NODE_IP, NODE_IP6, build_service_lab
 from userspace_proxy.model.names import L4Protocol
-from userspace_proxy.model.redirects import DROPPED, Capture, PodDetector, Redirects
+from userspace_proxy.model.redirects import DROPPED, Capture, PodDetector
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.userspace import iptables, nft
@@ -82,10 +82,10 @@ class Loader:
     def __call__(self, redirects: Redirects) -> None:
         self._host.run("conntrack", "-F")  # a datagram from a port that was used before must not go the way of then
         if self._language == "nftables":
-            self._host.run("nft", "-f", "-", stdin=nft.table(redirects))
+            self._host.run("nft", "-f", "-", stdin=redirects.nft())
             return
-        self._restore("iptables", iptables.restore(redirects, 4, self._host.run("iptables-save").stdout))
-        self._restore("ip6tables", iptables.restore(redirects, 6, self._host.run("ip6tables-save").stdout))
+        self._restore("iptables", redirects.iptables(4, self._host.run("iptables-save").stdout))
+        self._restore("ip6tables", redirects.iptables(6, self._host.run("ip6tables-save").stdout))
 
     def remove(self) -> None:
         if self._language == "nftables":

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
 import pytest
 
+from tests.modes.redirect_cases import Redirects
 from tests.modes.userspace.test_histories import HeldRules
 from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.dataplane.connections import Limits
@@ -17,11 +18,15 @@ from userspace_proxy.errors import SyncError
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.listeners import NO_ROOM, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
+from userspace_proxy.model.redirects import DROPPED
+from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
+from userspace_proxy.modes import base_proxier
 from userspace_proxy.modes.plans import NodeRules
-from userspace_proxy.modes.userspace import proxier as userspace
 from userspace_proxy.modes.userspace.proxier import UserspaceProxier
+from userspace_proxy.modes.userspace.redirects import RedirectTranslator
+from userspace_proxy.netfilter.conntrack import ANY_IP, Answering
 
 ONE, OTHER = Endpoint("10.244.0.1", 8080), Endpoint("10.244.0.2", 8080)
 
@@ -59,7 +64,7 @@ def state(of: Mapping[ServicePort, Sequence[Endpoint]]) -> ProxyState:
 @contextlib.asynccontextmanager
 async def running(rules: HeldRules, plane: LocalPlane) -> AsyncIterator[UserspaceProxier]:
     try:
-        yield UserspaceProxier(plane, rules, ProxyPorts(10_000, 29_999, {}), NodeRules())
+        yield UserspaceProxier(plane, rules, ProxyPorts(10_000, 29_999, {}), RedirectTranslator(NodeRules()))
     finally:
         await plane.close(0)
 
@@ -97,7 +102,7 @@ async def test_flows_of_an_earlier_policy_are_deleted_even_after_a_refused_load(
         forgotten.extend(changed)
         return Counter()
 
-    monkeypatch.setattr(userspace, "forget_udp_flows", forget)
+    monkeypatch.setattr(base_proxier, "forget_udp_flows", forget)
     dns, new = service_port("dns", "10.96.0.1", L4Protocol.UDP), service_port("new", "10.96.0.2")
     rules, plane = HeldRules(), LocalPlane(Limits())
     async with running(rules, plane) as proxier:
@@ -112,3 +117,59 @@ async def test_flows_of_an_earlier_policy_are_deleted_even_after_a_refused_load(
         await proxier.sync(after)
 
     assert Portal("10.96.0.1", 80, L4Protocol.UDP) in forgotten
+
+
+# ---- conntrack entries to forget
+
+WEB = Portal("10.96.0.1", 80, L4Protocol.TCP)
+DNS, DNS6 = Portal("10.96.0.10", 53, L4Protocol.UDP), Portal("fd00:96::10", 53, L4Protocol.UDP)
+NODE_PORT = Portal("0.0.0.0", 30_053, L4Protocol.UDP)
+
+
+def by(*ports: int) -> Answering:
+    return {(ANY_IP, port) for port in ports}
+
+
+def changes(old: Redirects, new: Redirects) -> tuple[Mapping[Portal, Answering], Collection[Portal]]:
+    """Return the UDP portals with flows to forget when *new* replaces *old*, and the new TCP portals."""
+    translator = RedirectTranslator(NodeRules())
+    proxier = UserspaceProxier(LocalPlane(Limits()), HeldRules(), ProxyPorts(10_000, 29_999, {}), translator)
+    changed = {name: old.translations.get(name) for name in {*old.translations, *new.translations}}
+    translator.translations = new.translations
+    return proxier._changed_flows(changed), proxier._new_tcp_portals(changed)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ({}, {}, {}),
+        ({DNS: 1}, {DNS: 1}, {}),
+        ({}, {DNS: 1}, {DNS: by(1)}),
+        ({DNS: 1}, {DNS: 2}, {DNS: by(2)}),
+        ({DNS: 1}, {}, {DNS: set()}),
+        ({DNS: 1}, {DNS: DROPPED}, {DNS: by(DROPPED)}),
+        ({WEB: 1}, {WEB: 2}, {}),
+        ({WEB: 1}, {}, {}),
+        ({DNS: 1, NODE_PORT: 2}, {DNS: 1, NODE_PORT: 3, DNS6: 1}, {NODE_PORT: by(3), DNS6: by(1)}),
+    ],
+)
+async def test_only_udp_portals_that_lead_elsewhere_have_flows_to_forget(
+    old: Mapping[Portal, int], new: Mapping[Portal, int], changed: Mapping[Portal, Answering]
+) -> None:
+    assert changes(Redirects(old), Redirects(new))[0] == changed
+
+
+async def test_a_portal_leads_wherever_some_sender_is_led() -> None:
+    old = Redirects({DNS: 1, NODE_PORT: 1})
+    new = Redirects({DNS: 1, NODE_PORT: 1}, exceptions={Sender.POD: {DNS: 2}, Sender.NODE: {DNS: 3, WEB: 4}})
+
+    assert changes(old, new)[0] == {DNS: by(1, 2, 3)}
+    assert changes(new, old)[0] == {DNS: by(1)}
+
+
+async def test_tcp_portals_are_new_once() -> None:
+    old, new = Redirects({WEB: 1, DNS: 1}), Redirects({WEB: 2, DNS: 1})
+
+    assert changes(Redirects(), new)[1] == {WEB}
+    assert changes(old, new)[1] == set()
+    assert changes(Redirects(), Redirects({}, exceptions={Sender.NODE: {WEB: DROPPED}}))[1] == {WEB}

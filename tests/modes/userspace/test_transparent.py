@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.modes.redirect_cases import REFUSE_PORT
+from tests.modes.redirect_cases import REFUSE_PORT, Redirects
 from userspace_proxy.lab import Host, Lab, ServiceLab, connect
 from userspace_proxy.lab.hosts import CLIENT_IP, CLIENT_IP6, build_service_lab
-from userspace_proxy.model.redirects import OWN_MARK, TRANSPARENT_MARK, Redirects
+from userspace_proxy.model.redirects import OWN_MARK, TRANSPARENT_MARK
 from userspace_proxy.modes.userspace import transparent_replies as answers
 from userspace_proxy.modes.userspace.loader import KERNELS, IptablesKernel, NftKernel
 
@@ -105,7 +105,7 @@ async def test_backends_see_and_answer_the_clients_own_address(
     for language in ("iptables", "ip6tables"):
         world.node.set_knob(f"bridge/bridge-nf-call-{language}", bridge_netfilter)
     with world.node.inside():
-        await kernel.load(TRANSPARENT)
+        await kernel.load(TRANSPARENT.update())
         assert await kernel.is_intact()
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
             assert [seen_by_backend(*pair, kind) for pair in PAIRS] == [client for client, _ in PAIRS], kind
@@ -121,7 +121,7 @@ async def test_an_icmp_error_of_a_backend_reaches_the_flow_that_it_is_about_and_
     for language in ("iptables", "ip6tables"):
         world.node.set_knob(f"bridge/bridge-nf-call-{language}", bridge_netfilter)
     with world.node.inside():
-        await kernel.load(TRANSPARENT)
+        await kernel.load(TRANSPARENT.update())
         assert await kernel.is_intact()
         for pair in PAIRS:
             with dial_as(*pair, socket.SOCK_DGRAM, CLOSED_PORT) as sock, pytest.raises(ConnectionRefusedError):
@@ -138,7 +138,7 @@ async def test_strict_reverse_path_filters_do_no_harm(world: ServiceLab, kernel:
     for device in ("all", "eth0", "cni0"):
         world.node.set_knob(f"ipv4/conf/{device}/rp_filter", 1)
     with world.node.inside():
-        await kernel.load(TRANSPARENT)
+        await kernel.load(TRANSPARENT.update())
         assert [seen_by_backend(*pair) for pair in PAIRS] == [client for client, _ in PAIRS]
         await kernel.remove()
     for device in ("all", "eth0", "cni0"):
@@ -148,14 +148,15 @@ async def test_strict_reverse_path_filters_do_no_harm(world: ServiceLab, kernel:
 async def test_open_connections_outlive_a_change_and_another_process_that_loads_the_same(world: ServiceLab) -> None:
     first, second = NftKernel(), NftKernel()
     with world.node.inside():
-        await first.load(TRANSPARENT)
+        await first.load(TRANSPARENT.update())
         with dial_as(POD2, POD1, socket.SOCK_STREAM) as sock:
-            await first.load(Redirects(refuse_port=REFUSE_PORT + 1, transparent=True))
+            await first.load(Redirects(refuse_port=REFUSE_PORT + 1, transparent=True).update())
             assert said(sock) == POD2
-            await second.load(TRANSPARENT)
+            await second.load(TRANSPARENT.update())
             assert said(sock) == POD2
             await second.reload()
             assert said(sock) == POD2
+        first.unwatch()
         await second.remove()
 
 
@@ -169,7 +170,7 @@ async def test_pods_that_talk_directly_are_left_on_their_bridge(world: ServiceLa
         "table inet fw { chain c { type filter hook forward priority 0; ct state invalid drop; counter drop; }; }",
     )
     with world.node.inside():
-        await kernel.load(TRANSPARENT)
+        await kernel.load(TRANSPARENT.update())
         assert seen_by_backend(POD2, POD1) == POD2
         with connect(world.pods[1], POD1, PORT, 0.5) as sock:
             assert said(sock) == POD2
@@ -205,8 +206,8 @@ async def test_when_no_listener_is_transparent_any_more_nothing_is_left(
 ) -> None:
     before = rules_and_routes(world.node)
     with world.node.inside():
-        await kernel.load(TRANSPARENT)
-        await kernel.load(OPAQUE)
+        await kernel.load(TRANSPARENT.update())
+        await kernel.load(OPAQUE.update())
 
         assert rules_and_routes(world.node) == before
         assert "bridge" not in world.node.run("nft", "list", "tables").stdout

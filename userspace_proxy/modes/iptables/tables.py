@@ -22,7 +22,16 @@ from userspace_proxy.modes.iptables.chains import (
     ChainRules,
 )
 from userspace_proxy.modes.rule_line import RuleLine
-from userspace_proxy.modes.xtables_script import ChainKey, Saved, Section, block, called_chain, flushed, new_chain
+from userspace_proxy.modes.xtables_script import (
+    ChainKey,
+    Saved,
+    Section,
+    block,
+    called_chain,
+    flushed,
+    new_chain,
+    parts,
+)
 
 MARK = "USERSPACE-PROXY-OWNS-KUBE"
 TABLES = ("filter", "nat")
@@ -131,12 +140,12 @@ def _whole_table(table: str, chains: ChainRules, saved: Saved, chains_at_once: i
     kept = set(_used_by_others(ours, saved)) if stale else set()
     to_write = [c for c in chains if c.table == table and not (is_ready and saved.get(c) == chains[c])]
     own = sorted((c for c in to_write if c not in _SHARED), key=_depth)
-    *parts, last_part = list(_parts(own, chains_at_once or len(own) or 1)) or [[]]
+    *first_parts, last_part = list(parts(own, chains_at_once or len(own) or 1)) or [[]]
     text = ""
-    if parts:
+    if first_parts:
         # The chain to which all others jump comes first.
         text = block(table, [*first, *_written([c for c in to_write if c == MARK_MASQ], chains)])
-        text += "".join(block(table, [*_written(part, chains)]) for part in parts)
+        text += "".join(block(table, [*_written(part, chains)]) for part in first_parts)
         first = []
     last = _written([*(c for c in to_write if c in _SHARED), *last_part], chains)
     deleted = (f"-X {chain.name}" for chain in stale if chain not in kept)
@@ -202,11 +211,6 @@ def _is_same(there: tuple[str, ...], rules: tuple[str, ...], last: tuple[str, ..
 def _depth(chain: ChainKey) -> int:
     """Return a number that is smaller than those of the chains that jump to *chain*."""
     return next((n for n, prefix in enumerate(_DEPTHS) if chain.name.startswith(prefix)), 0)
-
-
-def _parts(chains: Sequence[ChainKey], size: int) -> Iterator[Sequence[ChainKey]]:
-    for start in range(0, len(chains), size):
-        yield chains[start : start + size]
 
 
 def _written(chains: Collection[ChainKey], rules: ChainRules) -> Iterator[str]:
@@ -333,7 +337,7 @@ def _removal_from(table: str, saved: Saved, chains_at_once: int | None) -> str:
     # 1. Shared chains and jumps to them. 2. Chains of service ports, from the outside in. 3. Chains without callers.
     emptied = flushed(c for c in shared if c not in unchanged and c != MARK_MASQ)
     text = block(table, [*emptied, *_jumps_to_remove(saved, table, recorded)])
-    for part in _parts(own, chains_at_once or len(own) or 1):
+    for part in parts(own, chains_at_once or len(own) or 1):
         text += block(table, [*flushed(part), *(f"-X {c.name}" for c in part)])
     emptied = flushed(c for c in (MARK_MASQ, mark) if c in mine and c not in unchanged)
     return text + block(table, [*emptied, *(f"-X {chain.name}" for chain in (*shared, mark) if chain not in kept)])

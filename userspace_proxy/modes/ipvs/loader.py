@@ -17,6 +17,7 @@ from userspace_proxy.host.tool import in_thread, is_installed, run_tool
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal
+from userspace_proxy.modes.element_tables import ElementTables
 from userspace_proxy.modes.ipvs import genetlink
 from userspace_proxy.modes.ipvs.changes import ServerChange, Verb, record, removals_when_idle, server_changes
 from userspace_proxy.modes.ipvs.desired import DesiredServers
@@ -33,7 +34,6 @@ from userspace_proxy.modes.ipvs.table import (
 )
 from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.rule_line import Rules
-from userspace_proxy.modes.slots.element_tables import ElementTables
 from userspace_proxy.netfilter.notices import NetworkNotices, RuleWatch
 
 # IPVS sends no notices, so it is polled. A check takes at most this share of the time.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def _make_rules(_: ModeSettings) -> KernelRules:
-    from userspace_proxy.modes.slots.element_tables import ElementTables
+    from userspace_proxy.modes.element_tables import ElementTables
     from userspace_proxy.modes.slots.slot_table import SlotTable
 
     return ElementTables("nftables", SlotTable())

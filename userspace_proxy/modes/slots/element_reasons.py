@@ -4,10 +4,9 @@ import struct
 from functools import partial
 
 from userspace_proxy.model.endpoint import join_address
-from userspace_proxy.model.routes import Sender
-from userspace_proxy.modes.nft_blocks import SENT
 from userspace_proxy.modes.portal_names import PortalNames
 from userspace_proxy.modes.rule_line import Reason
+from userspace_proxy.modes.service_table import Description, packets_of, restriction_reason
 from userspace_proxy.modes.slots.packet_number import DROPPED, ENDPOINT_SET, MASQUERADED, OURS, PINNED, REJECTED
 from userspace_proxy.netfilter.sets import Elements, SetKind, class_id, fields, key_fields
 
@@ -25,9 +24,7 @@ def element_reason(name: str, kind: SetKind, key: bytes, value: bytes, found: El
     """Return the reason of an element of the set or map *name*. *found*: all elements of the table."""
     parts, to = key_fields(kind, key), fields(kind.value, value)
     if leads(name):
-        sender = Sender.NODE if name.endswith("_for_node") else Sender.POD if name.endswith("_for_pods") else None
-        sent = SENT[sender] if sender is not None else ""
-        return partial(_led, parts, sent, unpacked(value))
+        return partial(_led, packets_of(name, parts), unpacked(value))
     match name.partition("_")[0].rstrip("46"), parts, to:
         case "slots", [_, slot], [ip, port]:
             return f"Slot {slot}: {join_address(ip, int(port))}."
@@ -46,20 +43,13 @@ def element_reason(name: str, kind: SetKind, key: bytes, value: bytes, found: El
         case "affinity", [number], _:
             timeout_s = name.rpartition("_")[2]
             return f"Clients of the endpoint set {number} keep their endpoint for {timeout_s} s."
-        case "restricted", _, _:
-            return partial(_dialled, parts, "only from the networks in @allowed")
-        case "allowed", [*portal, source], _:
-            return partial(_dialled, portal, f"from {source}")
+        case "restricted" | "allowed", _, _:
+            return restriction_reason(name, parts)
     raise AssertionError(f"no reason for an element of {name}")
 
 
-def _portal(parts: list[str], names: PortalNames) -> str:
-    *address, protocol, port = parts
-    return names.portal("".join(address), port, protocol)
-
-
-def _led(parts: list[str], sent: str, number: int, names: PortalNames) -> str:
-    packets = f"Packets{sent} to {_portal(parts, names)}"
+def _led(describe: Description, number: int, names: PortalNames) -> str:
+    packets = describe(names)
     if number == REJECTED:
         return f"{packets} are refused at once: there are no endpoints."
     if number == DROPPED:
@@ -80,8 +70,3 @@ def _pick(slot: str, shown: str, number: bytes, found: Elements, _: PortalNames)
             ip, port = fields((f"ipv{name[len('endpoints')]}_addr", "inet_service"), endpoints[number])
             return f"Slot {slot}: endpoint {shown}, {join_address(ip, int(port))}."
     return f"Slot {slot}: endpoint {shown}."
-
-
-def _dialled(parts: list[str], allowed: str, names: PortalNames) -> str:
-    words = _portal(parts, names)
-    return f"{words[0].upper()}{words[1:]} may be dialled {allowed}."

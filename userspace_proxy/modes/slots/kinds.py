@@ -77,7 +77,7 @@ def address_kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
 
 def timeout_kind(timeout_s: int) -> SetKind:
     reason = f"Endpoint sets whose clients keep their endpoint for {timeout_s} s."
-    return SetKind(_NUMBER, (), reason, "An element is a set's number.", "meta priority", is_shared=True)
+    return SetKind(_NUMBER, (), reason, "An element is a set's number.", "meta priority")
 
 
 def _pins(family: Family, client: str, key: str) -> Block:

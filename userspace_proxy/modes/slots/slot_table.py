@@ -13,48 +13,40 @@ With affinity, the number of the chosen endpoint is put in the packet's priority
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 
 from userspace_proxy.model.endpoint import FAMILIES, Family
 from userspace_proxy.model.maglev import slot_table
-from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
+from userspace_proxy.model.names import ListenerName, Scope
 from userspace_proxy.model.routes import Refusal, Route
 from userspace_proxy.model.service import internal_portals
 from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
-from userspace_proxy.modes.nft_blocks import ASLEEP, SENDERS, Block, NftTable, set_block, table_start
-from userspace_proxy.modes.rule_line import RuleLine
+from userspace_proxy.modes.nft_blocks import SENDERS, Block, IsDead
+from userspace_proxy.modes.rule_line import Reason, RuleLine
+from userspace_proxy.modes.service_table import ServiceTable, add_restrictions
 from userspace_proxy.modes.slots import rules
 from userspace_proxy.modes.slots.element_reasons import element_reason, leads, unpacked
 from userspace_proxy.modes.slots.endpoint_numbers import EndpointNumbers, endpoints_of
 from userspace_proxy.modes.slots.kinds import PINS, SIZES, address_kinds, portal_kinds, slot_kinds, timeout_kind
 from userspace_proxy.modes.slots.packet_number import DROPPED, MASQUERADED, PINNED, REJECTED
-from userspace_proxy.netfilter.nft_text import is_everything, merged
-from userspace_proxy.netfilter.sets import (
-    Elements,
-    SetKind,
-    packed_ip,
-    packed_number,
-    packed_port,
-    packed_portal,
-    packed_ranges,
-    shown,
-)
+from userspace_proxy.netfilter.sets import Elements, SetKind, packed_ip, packed_number, packed_port, packed_portal
 
 
-class SlotTable:
+class SlotTable(ServiceTable):
     """The table of nftables mode. Another mode overrides what differs: the methods up to `other_elements`."""
 
     name = "inet userspace_proxy_nat"  # family and name
+    filled_by_kernel = PINS
     hairpin = "ct status dnat "  # what a rule matches beside the addresses, to recognise hairpin packets
 
     def __init__(self) -> None:
         self.numbers = EndpointNumbers()
-        self._kinds: dict[str, SetKind] = {}
+        self.kinds = {}
         for family in FAMILIES:
-            self._kinds |= portal_kinds(family)
-            self._kinds |= slot_kinds(family)
-            self._kinds |= self.other_kinds(family)
-            self._kinds |= address_kinds(family)
+            self.kinds |= portal_kinds(family)
+            self.kinds |= slot_kinds(family)
+            self.kinds |= self.other_kinds(family)
+            self.kinds |= address_kinds(family)
 
     def other_kinds(self, family: Family) -> Iterator[tuple[str, SetKind]]:
         """Yield the sets and maps of *family* that only this mode has."""
@@ -83,14 +75,16 @@ class SlotTable:
 
     # ---- sets and maps
 
-    def kind_of(self, name: str) -> SetKind:
-        """Return the types of the set or map *name*."""
-        is_of_timeout = name.startswith("affinity_")
-        return timeout_kind(int(name.removeprefix("affinity_"))) if is_of_timeout else self._kinds[name]
+    def needs(self, translation: Translation) -> Set[str]:
+        """Return the name of the set for its duration of affinity."""
+        timeout_s = translation.service_port.affinity_timeout_s
+        return set() if timeout_s is None else {f"affinity_{timeout_s}"}
 
-    def set_names(self, timeouts_s: Iterable[int]) -> list[str]:
-        """Return the sets and maps that we fill. *timeouts_s*: the durations of affinity in use."""
-        return [*self._kinds, *(f"affinity_{timeout_s}" for timeout_s in sorted(timeouts_s))]
+    def kind_of(self, name: str) -> SetKind:
+        return timeout_kind(_timeout_s(name)) if name.startswith("affinity_") else self.kinds[name]
+
+    def set_names(self, needs: Set[str]) -> list[str]:
+        return [*self.kinds, *sorted(needs, key=_timeout_s)]
 
     def elements(self, translation: Translation) -> Elements:
         """Return the elements of one service port."""
@@ -103,10 +97,7 @@ class SlotTable:
             found.setdefault(name, {}).update(elements)
         for portal in internal_portals(translation.service_port):
             found.setdefault(f"cluster_ips{portal.family}", {})[packed_ip(portal.ip)] = b""
-        for portal, cidrs in translation.allowed.items():
-            if not is_everything(networks := merged(cidrs, portal.family)):
-                found.setdefault(f"restricted{portal.family}", {})[packed_portal(portal)] = b""
-                found.setdefault(f"allowed{portal.family}", {}).update(packed_ranges(portal, networks))
+        add_restrictions(found, translation)
         return found
 
     def _number(self, route: Route, translation: Translation) -> int:
@@ -125,55 +116,19 @@ class SlotTable:
         return found
 
     def forget(self, before: Translation, after: Translation | None) -> None:
-        """Release the numbers of *before* that *after* does not need."""
         self.numbers.forget(before, after)
 
     # ---- texts
 
-    def skeleton(self, facts: NodeFacts, timeouts_s: Iterable[int], *, is_there: bool) -> str:
-        """Return the script that creates our table without elements, or replaces the rules of an existing one.
+    def reason(self, name: str, key: bytes, value: bytes, found: Elements, facts: NodeFacts) -> Reason:
+        return element_reason(name, self.kind_of(name), key, value, found)
 
-        *is_there*: existing elements stay, those that the kernel added, too; the kernel refuses the script if there is
-        no table. Otherwise the new table is dormant: without its elements it would drop packets that other rules serve.
-        """
-        chains = self._chains(facts, timeouts_s)
-        empty = (chain._replace(items=()) for chain in chains)
-        sets = (set_block(name, self.kind_of(name)) for name in self.set_names(timeouts_s))
-        held = f"flush table {self.name}\n" if is_there else ""
-        before = table_start(self.name) if is_there else (*table_start(self.name), ASLEEP)
-        declared = NftTable(before, [*sets, *PINS, *empty]).text()
-        return f"{held}{declared}flush table {self.name}\n{NftTable(before, chains).text()}"
-
-    def rules(self, facts: NodeFacts, translations: Iterable[Translation]) -> NftTable:
-        """Return our whole table, each line with its reason."""
-        found, owners = Elements(), dict[tuple[str, bytes], ServicePortName]()
-        timeouts_s = set()
-        for translation in translations:
-            if translation.service_port.affinity_timeout_s is not None:
-                timeouts_s.add(translation.service_port.affinity_timeout_s)
-            for name, of_set in self.elements(translation).items():
-                found.setdefault(name, {}).update(of_set)
-                owners.update(((name, key), translation.service_port.name) for key in of_set)
-        sets = [self._explained_set(name, found, owners) for name in self.set_names(timeouts_s)]
+    def unmatched(self, found: Elements) -> IsDead:
         numbers = {number for name, of_set in found.items() if leads(name) for number in map(unpacked, of_set.values())}
-        blocks = [*sets, *PINS, *self._chains(facts, timeouts_s)]
-        return NftTable(table_start(self.name), blocks, rules.unmatched(numbers).__contains__)
+        return rules.unmatched(numbers).__contains__
 
-    def _explained_set(self, name: str, found: Elements, owners: Mapping[tuple[str, bytes], ServicePortName]) -> Block:
-        kind, lines = self.kind_of(name), []
-        is_shared = kind.is_shared and not name.startswith("affinity_")
-        for key, value in found.get(name, {}).items():
-            owner = owners[name, key]
-            reason = element_reason(name, kind, key, value, found)
-            lines.append(RuleLine(shown(kind, key, value, owner), reason, None if is_shared else owner))
-        return set_block(name, kind, lines)
-
-    def rules_in(self, facts: NodeFacts, timeouts_s: Iterable[int]) -> int:
-        """Return the number of rules in the table."""
-        return sum(len(chain.items) for chain in self._chains(facts, timeouts_s))
-
-    def _chains(self, facts: NodeFacts, timeouts_s: Iterable[int]) -> list[Block]:
-        timeouts_s = sorted(timeouts_s)
+    def chains(self, facts: NodeFacts, needs: Set[str]) -> list[Block]:
+        timeouts_s = sorted(map(_timeout_s, needs))
         chains: dict[str, Sequence[RuleLine]] = {"refuse": rules.REFUSE}
         for family in FAMILIES:
             refused, translate = self.refused(family, facts), self.translate(family)
@@ -182,6 +137,11 @@ class SlotTable:
 
 
 # ---- elements
+
+
+def _timeout_s(name: str) -> int:
+    """Return the duration of affinity of which *name* is the set."""
+    return int(name.removeprefix("affinity_"))
 
 
 def size_for(endpoints: int) -> int:

@@ -7,20 +7,21 @@ costs more with more Services.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
 from userspace_proxy.host.network import LOCAL_ADDRESS4, LOCAL_ADDRESS6
 from userspace_proxy.model.endpoint import FAMILIES, Family
-from userspace_proxy.model.names import L4Protocol
-from userspace_proxy.model.redirects import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, Redirects
+from userspace_proxy.model.names import L4Protocol, ServicePortName
+from userspace_proxy.model.redirects import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes import xtables_script
+from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
 from userspace_proxy.modes.portal_names import PortalNames, host
 from userspace_proxy.modes.rule_line import Reason, RuleLine, text_of
-from userspace_proxy.modes.userspace.nft import node_port_addresses, restricted
+from userspace_proxy.modes.userspace.nft import node_port_addresses
 from userspace_proxy.modes.xtables_script import (
     BUILT_IN,
     ChainKey,
@@ -31,9 +32,10 @@ from userspace_proxy.modes.xtables_script import (
     called_chain,
     flushed,
     new_chain,
+    parts,
     read,
 )
-from userspace_proxy.netfilter.nft_text import pod_cidrs
+from userspace_proxy.netfilter.nft_text import is_everything, merged, pod_cidrs
 from userspace_proxy.netfilter.xtables import NO_LOOP, OUT_BY_LO
 
 CHAIN = "USERSPACE-PROXY"
@@ -83,26 +85,51 @@ _JUMPS = {
 _PORTS_A_MATCH = 15  # the limit of -m multiport
 
 
-def restore(redirects: Redirects, family: Family, saved: str) -> str:
+def restore(translations: Iterable[Translation], facts: NodeFacts, family: Family, saved: str) -> str:
     """Return the input for ``iptables-restore --noflush`` (4) or ``ip6tables-restore`` (6).
 
     *saved* is the output of iptables-save. A jump that is there is not added again. One that is not the first rule of
     its chain is moved there.
     """
-    return "".join(text_of(section.lines()) for section in _sections(redirects, family, saved))
+    return "".join(text_of(section.lines()) for section in _sections(_redirects_of(translations, facts), family, saved))
 
 
-def rules(redirects: Redirects) -> XtablesScript:
-    """Return what a first load writes for *redirects*, for the tools of both families."""
-    tools = zip(FAMILIES, xtables_script.TOOLS, strict=True)
+def rules(translations: Iterable[Translation], facts: NodeFacts) -> XtablesScript:
+    """Return what a first load writes for *translations*, for the tools of both families."""
+    redirects, tools = _redirects_of(translations, facts), zip(FAMILIES, xtables_script.TOOLS, strict=True)
     return XtablesScript([(tool, _sections(redirects, family, "")) for family, tool in tools])
 
 
-def _sections(redirects: Redirects, family: Family, saved: str) -> list[Section]:
+class _Redirect(NamedTuple):
+    """What happens to packets to one portal. ``ports``: by sender. ``allowed``: the CIDRs that may dial it."""
+
+    owner: ServicePortName
+    ports: dict[Sender, int]
+    allowed: tuple[str, ...]
+
+
+class _Redirects(NamedTuple):
+    """The redirects of all portals."""
+
+    of: Mapping[Portal, _Redirect]
+    facts: NodeFacts
+
+
+def _redirects_of(translations: Iterable[Translation], facts: NodeFacts) -> _Redirects:
+    found: dict[Portal, _Redirect] = {}
+    for made in translations:
+        for (portal, sender, _), port in zip(made.routes, made.ports, strict=True):
+            if portal not in found:
+                found[portal] = _Redirect(made.service_port.name, {}, made.allowed.get(portal, ()))
+            found[portal].ports[sender] = port
+    return _Redirects(found, facts)
+
+
+def _sections(redirects: _Redirects, family: Family, saved: str) -> list[Section]:
     before = read(saved)
     rules = {
-        "mangle": (*_arriving(redirects), *_ranges(redirects, family), *_drops(redirects, family)),
-        "nat": tuple(_redirects(redirects, family)),
+        "mangle": (*_arriving(redirects.facts), *_ranges(redirects, family), *_drops(redirects, family)),
+        "nat": tuple(_nat(redirects, family)),
         "filter": (*_guards(redirects, family), *_no_loops(family)),
     }
     return [
@@ -146,22 +173,21 @@ def _missing_jumps(table: str, saved: Saved) -> Iterator[RuleLine]:
             yield RuleLine(f"-I {chain} 1 {jump}", f"{BUILT_IN[chain]}: first (-I ... 1) the chain {where}.")
 
 
-def _redirects(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
+def _nat(redirects: _Redirects, family: Family) -> Iterator[RuleLine]:
     """Yield the rules of the NAT table."""
+    facts = redirects.facts
     address = ""
-    if redirects.capture is Capture.ADDRESS:
+    if facts.capture is Capture.ADDRESS:
         address = LOCAL_ADDRESS4 if family == 4 else f"[{LOCAL_ADDRESS6}]"
-    return _by_portal(redirects, family, CHAIN, partial(_redirects_of, redirects, address))
 
+    def rules(portal: Portal, redirect: _Redirect) -> Iterator[tuple[str, Reason]]:
+        for sender, port in _ports(facts, portal, redirect):
+            if port != DROPPED:
+                verdict = f"-j DNAT --to-destination {address}:{port}" if address else f"-j REDIRECT --to-ports {port}"
+                reason = partial(_led, portal, sender, port, address, port == facts.refuse_port)
+                yield f'{_match(portal, sender)} -m comment --comment "{redirect.owner}" {verdict}', reason
 
-def _redirects_of(redirects: Redirects, address: str, portal: Portal) -> Iterator[tuple[str, Reason]]:
-    name = redirects.names.get(portal)
-    comment = f' -m comment --comment "{name}"' if name else ""
-    for sender, port in _ports(redirects, portal):
-        if port != DROPPED:
-            verdict = f"-j DNAT --to-destination {address}:{port}" if address else f"-j REDIRECT --to-ports {port}"
-            reason = partial(_led, portal, sender, port, address, port == redirects.refuse_port)
-            yield f"{_match(portal, sender)}{comment} {verdict}", reason
+    return _by_portal(redirects, family, CHAIN, rules)
 
 
 def _led(portal: Portal, sender: _SenderMatch, port: int, address: str, is_refused: bool, names: PortalNames) -> str:
@@ -176,9 +202,9 @@ def _packets(portal: Portal, sender: _SenderMatch, names: PortalNames) -> str:
     return f"Packets to {names.of(portal)}{sender.words}"
 
 
-def _arriving(redirects: Redirects) -> Iterator[RuleLine]:
+def _arriving(facts: NodeFacts) -> Iterator[RuleLine]:
     yield RuleLine(f"-A {CHAIN} {_NEW} -j {DROP}", "Packets of a new connection: are they dropped?")
-    if redirects.transparent:
+    if facts.transparent:
         yield RuleLine(
             f"-A {CHAIN} -m socket --transparent -j MARK --set-xmark {TRANSPARENT_MARK:#x}/{TRANSPARENT_MARK:#x}",
             "A reply to a client whose address one of our sockets uses. The mark has it routed to this node instead of "
@@ -186,26 +212,22 @@ def _arriving(redirects: Redirects) -> Iterator[RuleLine]:
         )
 
 
-def _drops(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
+def _drops(redirects: _Redirects, family: Family) -> Iterator[RuleLine]:
     """Yield the rules for portals whose packets are dropped, for all senders or for some."""
-    dropped = {portal for portal, port in _all_ports(redirects) if port == DROPPED}
+    dropped = {portal for portal, redirect in redirects.of.items() if DROPPED in redirect.ports.values()}
     # A Service's own address may be this node's: packets to it must not match the node port of the same number.
     at_node_ports = {(portal.protocol, portal.port) for portal in dropped if portal.is_node_port}
 
-    def rules(portal: Portal) -> Iterator[tuple[str, Reason]]:
+    def rules(portal: Portal, redirect: _Redirect) -> Iterator[tuple[str, Reason]]:
         if portal not in dropped and (portal.protocol, portal.port) not in at_node_ports:
             return
-        for sender, port in _ports(redirects, portal):
+        for sender, port in _ports(redirects.facts, portal, redirect):
             is_dropped = port == DROPPED
             verdict = "DROP" if is_dropped else "RETURN"
             yield f"{_match(portal, sender)} -j {verdict}", partial(_judged, portal, sender, is_dropped, "")
 
     yield RuleLine(f"-A {DROP} -j {RANGES}", "First: may the sender dial this portal?")
     yield from _by_portal(redirects, family, DROP, rules)
-
-
-def _all_ports(redirects: Redirects) -> Iterator[tuple[Portal, int]]:
-    return itertools.chain.from_iterable(ports.items() for ports in (redirects.ports, *redirects.exceptions.values()))
 
 
 def _judged(portal: Portal, sender: _SenderMatch, is_dropped: bool, why: str, names: PortalNames) -> str:
@@ -215,14 +237,19 @@ def _judged(portal: Portal, sender: _SenderMatch, is_dropped: bool, why: str, na
     return f"{packets} are not dropped: return to the calling chain."
 
 
-def _ranges(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
+def _ranges(redirects: _Redirects, family: Family) -> Iterator[RuleLine]:
     why = " Packets of allowed clients have left this chain by the rules above."
-    for portal, networks in restricted(redirects, family):
-        name = redirects.names.get(portal)
-        for sender in (*(_SenderMatch(source=network) for network in networks), _SenderMatch()):
-            is_dropped = not sender.source
+    for portal, redirect in redirects.of.items():
+        if (
+            portal.family != family
+            or not redirect.allowed
+            or is_everything(networks := merged(redirect.allowed, family))
+        ):
+            continue
+        for sender in (*(_SenderMatch(source=network) for network in networks), _ANY_SENDER):
+            is_dropped = sender == _ANY_SENDER
             rule = f"-A {RANGES} {_match(portal, sender)} -j {'DROP' if is_dropped else 'RETURN'}"
-            yield RuleLine(rule, partial(_judged, portal, sender, is_dropped, why), name)
+            yield RuleLine(rule, partial(_judged, portal, sender, is_dropped, why), redirect.owner)
 
 
 class _SenderMatch(NamedTuple):
@@ -241,23 +268,26 @@ class _SenderMatch(NamedTuple):
         return " from this node itself" if self.is_node else ""
 
 
+_ANY_SENDER = _SenderMatch()
+
+
 def _by_portal(
-    redirects: Redirects,
+    redirects: _Redirects,
     family: Family,
     name: str,
-    rules: Callable[[Portal], Iterator[tuple[str, Reason]]],
+    rules: Callable[[Portal, _Redirect], Iterator[tuple[str, Reason]]],
 ) -> Iterator[RuleLine]:
     """Yield the *rules* of each portal for the chain *name*. It ends with a jump to the rules of node ports."""
-    portals = dict.fromkeys(portal for portal, _ in _all_ports(redirects) if portal.family == family)
+    of_family = [(portal, redirect) for portal, redirect in redirects.of.items() if portal.family == family]
 
     def lines(chain: str, *, at_node_ports: bool) -> Iterator[RuleLine]:
-        for portal in portals:
+        for portal, redirect in of_family:
             if portal.is_node_port is at_node_ports:
-                owner = redirects.names.get(portal)
-                yield from (RuleLine(f"-A {chain} {rule}", reason, owner) for rule, reason in rules(portal))
+                for rule, reason in rules(portal, redirect):
+                    yield RuleLine(f"-A {chain} {rule}", reason, redirect.owner)
 
     yield from lines(name, at_node_ports=False)
-    for network in node_port_addresses(redirects, family) or ("",):
+    for network in node_port_addresses(redirects.facts, family) or ("",):
         yield RuleLine(
             f"-A {name} {f'-d {network} ' if network else ''}-m addrtype --dst-type LOCAL -j {NODE_PORTS}",
             f"{xtables_script.at_own_address(network)}: is it a node port? Services' own addresses take precedence.",
@@ -265,22 +295,18 @@ def _by_portal(
     yield from lines(NODE_PORTS, at_node_ports=True)
 
 
-def _ports(redirects: Redirects, portal: Portal) -> Iterator[tuple[_SenderMatch, int]]:
+def _ports(facts: NodeFacts, portal: Portal, redirect: _Redirect) -> Iterator[tuple[_SenderMatch, int]]:
     """Yield the port for each sender's packets to *portal*. The first match decides."""
-    exceptions = redirects.exceptions
-    if (port := exceptions.get(Sender.NODE, {}).get(portal)) is not None:
+    ports, pods = redirect.ports, facts.pods
+    if (port := ports.get(Sender.NODE)) is not None:
         yield _SenderMatch(is_node=True), port
-    pods = redirects.pods
-    if pods is not None and (port := exceptions.get(Sender.POD, {}).get(portal)) is not None:
+    if pods is not None and (port := ports.get(Sender.POD)) is not None:
         if pods.interface:
             yield _SenderMatch(interface=pods.interface.replace("*", "+")), port
         for cidr in pod_cidrs(pods, portal.family):
             yield _SenderMatch(source=cidr), port
-    if (port := redirects.ports.get(portal)) is not None:
+    if (port := ports.get(Sender.ANYBODY)) is not None:
         yield _ANY_SENDER, port
-
-
-_ANY_SENDER = _SenderMatch()
 
 
 def _match(portal: Portal, sender: _SenderMatch) -> str:
@@ -293,15 +319,16 @@ def _match(portal: Portal, sender: _SenderMatch) -> str:
     return f"{source}{where}{interface}-p {protocol} {match}-m {protocol} --dport {portal.port}"
 
 
-def _guards(redirects: Redirects, family: int) -> Iterator[RuleLine]:
+def _guards(redirects: _Redirects, family: int) -> Iterator[RuleLine]:
     yield RuleLine(
         f"-A {GUARD} -m conntrack --ctstate DNAT -j RETURN",
         "Packets whose destination was translated may pass: they came through a portal.",
     )
     unreachable = "icmp-port-unreachable" if family == 4 else "icmp6-port-unreachable"
     for protocol, answer in ((L4Protocol.TCP, "tcp-reset"), (L4Protocol.UDP, unreachable)):
-        held = {port for portal, port in _all_ports(redirects) if portal.protocol is protocol and port != DROPPED}
-        for part in _parts(sorted(held)):
+        ports = (redirect.ports.values() for portal, redirect in redirects.of.items() if portal.protocol is protocol)
+        held = sorted({*itertools.chain.from_iterable(ports)} - {DROPPED})
+        for part in parts(held, _PORTS_A_MATCH):
             numbers = ",".join(map(str, part))
             yield RuleLine(
                 f"-A {GUARD} -p {protocol.lower()} -m multiport --dports {numbers} -j REJECT --reject-with {answer}",
@@ -313,8 +340,3 @@ def _guards(redirects: Redirects, family: int) -> Iterator[RuleLine]:
 def _no_loops(family: Family) -> Iterator[RuleLine]:
     if family == 4:
         yield RuleLine(f"-A {LOOPS} {NO_LOOP}", xtables_script.NO_LOOP_REASON)
-
-
-def _parts(ports: Sequence[int]) -> Iterator[Sequence[int]]:
-    for start in range(0, len(ports), _PORTS_A_MATCH):
-        yield ports[start : start + _PORTS_A_MATCH]

@@ -1,7 +1,6 @@
 """Load the rules of userspace mode into the kernel: one class for each rule language.
 
-Each class compares the new rules with those it holds. After a refused load the rules in the kernel are unknown, so the
-next load writes all of them.
+nft loads what changed, iptables-restore all rules. After a refused load the rules in the kernel are unknown.
 """
 
 import logging
@@ -9,9 +8,10 @@ import logging
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import is_installed, load_nft
 from userspace_proxy.model.endpoint import Family
-from userspace_proxy.model.redirects import Redirects
+from userspace_proxy.modes.element_tables import ElementTables
+from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate
 from userspace_proxy.modes.userspace import iptables, nft, transparent_replies
-from userspace_proxy.modes.watched_rules import NftRules, XtablesRules, all_or_first_error
+from userspace_proxy.modes.watched_rules import XtablesRules, all_or_first_error
 from userspace_proxy.modes.xtables_script import ChainKey
 from userspace_proxy.netfilter import xtables
 from userspace_proxy.netfilter.nfnetlink import count_rules
@@ -20,87 +20,52 @@ from userspace_proxy.netfilter.nft_text import removal
 log = logging.getLogger(__name__)
 
 
-class NftKernel(NftRules):
-    """Rules loaded by ``nft -f``, in one transaction for both families."""
-
-    language = "nftables"
+class NftKernel(ElementTables):
+    """Rules in one nftables table, with reply routes while a listener needs them."""
 
     def __init__(self) -> None:
-        super().__init__(nft.TABLE)
-        self._held: Redirects | None = None
+        super().__init__("userspace", nft.RedirectTable())
         self._replies = _ReplyRoutes()
 
-    async def load(self, redirects: Redirects) -> None:
-        held, self._held = self._held, None  # unknown until the kernel has accepted the load
+    async def load(self, update: RuleUpdate) -> None:
         with self._watch.quiet():
-            await self._replies.add(redirects, again=held is None or self._watch.is_touched)
-            if self._watch.is_touched:
-                await load_nft(nft.table(redirects))
-            elif held is None:
-                try:
-                    await load_nft(nft.in_place(redirects))
-                except SyncError as error:
-                    log.debug("the table in the kernel cannot be changed into ours (%s); replacing it", error)
-                    await load_nft(nft.table(redirects))
-            elif script := nft.change(held, redirects):
-                try:
-                    await load_nft(script)
-                except SyncError as error:
-                    log.warning("the change was refused (%s); loading the whole table", error)
-                    await load_nft(nft.table(redirects))
-            await self._replies.remove_unused(redirects)
-        self._held = redirects
-        self._watch.is_touched = False
-        self._watch.check_after(0)
-
-    async def reload(self) -> None:
-        if (held := self._held) is not None:
-            self._watch.is_touched = True
-            try:
-                await self.load(held)
-            except SyncError:
-                self._held = held
-                raise
+            await self._replies.add(update.facts, again=self._facts is None or self._watch.is_touched)
+            await super().load(update)
+            await self._replies.remove_unused(update.facts)
 
     async def remove(self) -> None:
         await self.remove_rules()
         await self._replies.remove()
 
     async def remove_rules(self) -> None:
-        self._held = None
-        await self._remove_table()
+        await super().remove()
 
     def _has_all_rules(self) -> bool:
-        held = self._held
-        return held is not None and self._count() == nft.rules_in(held) and _is_bridge_table_intact(held)
+        return super()._has_all_rules() and (self._facts is None or _is_bridge_table_intact(self._facts))
 
 
 class IptablesKernel(XtablesRules):
     """Rules loaded by ``iptables-restore``, in one transaction for each table of each family."""
 
-    language = "iptables"
-
     def __init__(self) -> None:
         super().__init__(("mangle", "nat", "filter"))
-        self._held: Redirects | None = None
+        self._held: RuleUpdate | None = None  # None: the rules in the kernel are unknown
         self._replies = _ReplyRoutes()
         self._loaded: dict[int, list[tuple[ChainKey, str]]] = {}
 
-    async def load(self, redirects: Redirects) -> None:
-        if redirects == self._held:
-            return
+    async def load(self, update: RuleUpdate) -> None:
         held, self._held = self._held, None
         with self._watch.quiet():
-            await self._replies.add(redirects, again=held is None)
+            await self._replies.add(update.facts, again=held is None)
             try:
-                await all_or_first_error(self._load_family(redirects, *each) for each in xtables.families())
+                await all_or_first_error(self._load_family(update, *each) for each in xtables.families())
             finally:
-                await self._replies.remove_unused(redirects)
-        self._held = redirects
+                await self._replies.remove_unused(update.facts)
+        self._held = update._replace(translations=dict(update.translations))
         self._check_later()
 
-    async def _load_family(self, redirects: Redirects, family: Family, tool: str) -> None:
-        script = iptables.restore(redirects, family, await xtables.save(tool))
+    async def _load_family(self, update: RuleUpdate, family: Family, tool: str) -> None:
+        script = iptables.restore(update.translations.values(), update.facts, family, await xtables.save(tool))
         await xtables.restore(tool, script)
         loaded = iptables.ours(await xtables.save(tool))
         if len(loaded) != iptables.rules_in(script):
@@ -161,9 +126,9 @@ class _ReplyRoutes:
     def __init__(self) -> None:
         self._are_there: bool | None = None  # None: unknown
 
-    async def add(self, redirects: Redirects, *, again: bool) -> None:
-        """Add them before the rules of *redirects* are loaded. *again*: another program may have removed them."""
-        if not redirects.transparent or (self._are_there and not again):
+    async def add(self, facts: NodeFacts, *, again: bool) -> None:
+        """Add them before the rules are loaded. *again*: another program may have removed them."""
+        if not facts.transparent or (self._are_there and not again):
             return
         await transparent_replies.add_transparent_routes()
         for errors in (True, False):
@@ -175,9 +140,9 @@ class _ReplyRoutes:
                 log.warning("backends on the same bridge as a transparent client cannot %s it: %s", what, error)
         self._are_there = True
 
-    async def remove_unused(self, redirects: Redirects) -> None:
-        """Remove them if the loaded rules of *redirects* do not need them."""
-        if not redirects.transparent and self._are_there is not False:
+    async def remove_unused(self, facts: NodeFacts) -> None:
+        """Remove them if the loaded rules do not need them."""
+        if not facts.transparent and self._are_there is not False:
             await self.remove()
 
     async def remove(self) -> None:
@@ -190,7 +155,7 @@ class _ReplyRoutes:
         self._are_there = False
 
 
-def _is_bridge_table_intact(redirects: Redirects) -> bool:
+def _is_bridge_table_intact(facts: NodeFacts) -> bool:
     """Return whether the bridge table is complete, or absent because the kernel refused it."""
     rules, errors = transparent_replies.BRIDGE_RULES, transparent_replies.BRIDGE_ERROR_RULES
-    return not redirects.transparent or count_rules(transparent_replies.BRIDGE_TABLE) in (0, rules, rules + errors)
+    return not facts.transparent or count_rules(transparent_replies.BRIDGE_TABLE) in (0, rules, rules + errors)

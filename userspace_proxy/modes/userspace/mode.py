@@ -24,11 +24,11 @@ class UserspaceMode(Mode):
 
         def make_proxier(request: ProxierRequest) -> Proxier:
             from userspace_proxy.modes.userspace.proxier import UserspaceProxier
+            from userspace_proxy.modes.userspace.redirects import RedirectTranslator
 
             kernel = KERNELS[language]()
-            proxier = UserspaceProxier(
-                request.plane, kernel, request.ports, request.rules, watches_interfaces=settings.capture == "auto"
-            )
+            translator, watches = RedirectTranslator(request.rules), settings.capture == "auto"
+            proxier = UserspaceProxier(request.plane, kernel, request.ports, translator, watches_interfaces=watches)
             proxier.adopt(request.inherited)
             return proxier
 
@@ -45,11 +45,16 @@ class UserspaceMode(Mode):
         return tuple(make().remove for make in KERNELS.values())
 
     def render(self, request: RenderRequest) -> Rules:
-        from userspace_proxy.modes.plans import planned_redirects
         from userspace_proxy.modes.userspace import iptables, nft
+        from userspace_proxy.modes.userspace.redirects import RedirectTranslator
 
-        redirects = planned_redirects(request.state, request.ports, request.rules, request.names)
-        return iptables.rules(redirects) if request.language == "iptables" else nft.rules(redirects)
+        translator = RedirectTranslator(request.rules)
+        translator.plan(request.state)
+        translator.open_all(request.ports)
+        translator.translate()
+        translations, facts = request.chosen(translator.translations).values(), translator.facts()
+        in_iptables = request.language == "iptables"
+        return iptables.rules(translations, facts) if in_iptables else nft.RedirectTable().rules(facts, translations)
 
 
 MODE = UserspaceMode(

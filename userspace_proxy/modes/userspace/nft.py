@@ -1,95 +1,123 @@
-"""Redirects as nftables text. Pure.
+"""The nftables table of userspace mode: its sets and maps, rules and elements. Pure.
 
-One table of ours holds everything: maps from portal to proxy port, looked up in one step however many services there
-are, hooked before other NAT (priority -105 runs before -100). Senders that are treated differently have maps and sets
-of their own, which are looked up first. A change of some portals changes some elements, and nothing else.
+Maps lead from portals to proxy ports, looked up in one step however many Services there are, hooked before other NAT
+(priority -105 runs before -100). Senders that are treated differently have maps and sets of their own, which are looked
+up first. A change of some portals changes some elements, and nothing else.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 
 from userspace_proxy.host.network import LOCAL_ADDRESS4, LOCAL_ADDRESS6
 from userspace_proxy.model.endpoint import FAMILIES, Family
-from userspace_proxy.model.names import L4Protocol, ServicePortName
-from userspace_proxy.model.redirects import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, Redirects
+from userspace_proxy.model.redirects import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture
 from userspace_proxy.model.routes import Sender
-from userspace_proxy.model.service import Portal
+from userspace_proxy.model.service import node_portal
 from userspace_proxy.modes import nft_blocks
-from userspace_proxy.modes.nft_blocks import IP, PORT, SENDERS, SENT, Block, NftTable, set_block
+from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
+from userspace_proxy.modes.nft_blocks import IP, PORT, SENDERS, SENT, Block
 from userspace_proxy.modes.portal_names import PortalNames
-from userspace_proxy.modes.rule_line import RuleLine, text_of
+from userspace_proxy.modes.rule_line import Reason, RuleLine
+from userspace_proxy.modes.service_table import (
+    Description,
+    ServiceTable,
+    add_restrictions,
+    packets_of,
+    restriction_reason,
+)
 from userspace_proxy.modes.userspace.transparent_replies import REPLY_RULE
-from userspace_proxy.netfilter.nft_text import comment, is_everything, merged
-from userspace_proxy.netfilter.sets import SetKind
+from userspace_proxy.netfilter.nft_text import is_everything, merged
+from userspace_proxy.netfilter.sets import Elements, SetKind, key_fields, packed_lone_port, packed_portal
 
 TABLE = "inet userspace_proxy"
-_BASE_RULES = 3  # those of _BASE_CHAINS
 _LOCAL_ADDRESSES: Mapping[Family, str] = {4: LOCAL_ADDRESS4, 6: LOCAL_ADDRESS6}
+_RESTRICTED = "restricted"
+_PORT_WORDS = "protocol . port"
 
 
-def table(redirects: Redirects) -> str:
-    """Return the script that creates our table or replaces it."""
-    return rules(redirects).text()
+class RedirectTable(ServiceTable):
+    """Redirects packets to portals to our proxy ports. *needs* has senders' suffixes, and "restricted"."""
+
+    name = TABLE
+
+    def __init__(self) -> None:
+        self.kinds = {name: kind for family in FAMILIES for name, kind in _kinds(family)}
+        self.kinds["proxy_ports"] = SetKind(
+            PORT,
+            reason="The local ports at which our proxy listens.",
+            parts=f"An element is {_PORT_WORDS}.",
+            is_shared=True,
+            note="reached through the maps only, never directly",
+        )
+
+    @property
+    def before(self) -> tuple[RuleLine, ...]:
+        return (
+            RuleLine(f"table {TABLE}", "Creates our table if it is missing, so that the next line can delete it."),
+            RuleLine(f"delete table {TABLE}", "Deletes the old rules. nft applies everything here as one transaction."),
+            *super().before,
+        )
+
+    def needs(self, translation: Translation) -> Set[str]:
+        restricted = {_RESTRICTED} if translation.allowed else set()
+        return {SENDERS[route.sender] for route in translation.routes} | restricted
+
+    def elements(self, translation: Translation) -> Elements:
+        found: Elements = {}
+        for (portal, sender, _), port in zip(translation.routes, translation.ports, strict=True):
+            key = packed_portal(portal)
+            name = f"{'node_ports' if portal.is_node_port else 'service_ips'}{portal.family}{SENDERS[sender]}"
+            if port == DROPPED:
+                found.setdefault(f"dropped_{name}", {})[key] = b""
+            else:
+                found.setdefault(name, {})[key] = packed_lone_port(port)
+                proxy_port = packed_portal(node_portal(4, port, portal.protocol))
+                found.setdefault("proxy_ports", {})[proxy_port] = b""
+        add_restrictions(found, translation)
+        return found
+
+    def reason(self, name: str, key: bytes, value: bytes, found: Elements, facts: NodeFacts) -> Reason:
+        parts = key_fields(self.kinds[name], key)
+        if name == "proxy_ports":
+            is_refusing = parts[-1] == str(facts.refuse_port)
+            return "The port without a listener." if is_refusing else "A proxy port: not to be dialled directly."
+        if name.startswith((_RESTRICTED, "allowed")):
+            return restriction_reason(name, parts)
+        port = int.from_bytes(value)
+        return partial(_redirected, packets_of(name, parts), port, port == facts.refuse_port)
+
+    def chains(self, facts: NodeFacts, needs: Set[str]) -> list[Block]:
+        rules: dict[str, Iterable[RuleLine]] = {
+            "services": [
+                RuleLine(f"meta nfproto ipv{family} jump services{family}", f"IPv{family} has rules of its own.")
+                for family in FAMILIES
+            ],
+            **{f"services{family}": _services(facts, needs, family) for family in FAMILIES},
+            "replies": [_REPLY] if facts.transparent else [],
+            **{
+                f"node_ports{family}": _lookups(facts, needs, family, "meta l4proto . th dport", f"node_ports{family}")
+                for family in FAMILIES
+            },
+        }
+        return [*_HOOKED_CHAINS, *(_chain(name, list(of_chain)) for name, of_chain in rules.items())]
 
 
-def in_place(redirects: Redirects) -> str:
-    """Return the script that replaces the content of our table, or creates it; no packet finds a map empty.
-
-    After a table is deleted, a packet that is between two of its rules finds no element, though a new table stands by.
-    The kernel refuses the script if another version of ours has left a set or map of another type.
-    """
-    new = rules(redirects)
-    emptied = [f"flush {block.kind} {TABLE} {block.name}" for block in new.blocks]
-    empty = replace(new, before=_START, blocks=[block._replace(items=()) for block in new.blocks])
-    return "".join((empty.text(), *(f"{line}\n" for line in emptied), replace(new, before=_START).text()))
-
-
-def rules(redirects: Redirects) -> NftTable:
-    """Return the lines of `table`, each with its reason."""
-    sets = _difference(Redirects(), redirects)[1]
-    return NftTable(
-        _BEFORE,
-        [
-            *(block._replace(items=list(sets.get(name, {}).values())) for name, block in _SETS.items()),
-            *_BASE_CHAINS,
-            *(_chain(name, rules) for name, rules in _chains(redirects).items()),
-        ],
-    )
-
-
-def change(old: Redirects, new: Redirects) -> str:
-    """Return the script that turns *old* into *new*; "" if they are equal. The cost follows the differences."""
-    lines = []
-    old_chains = _chains(old)
-    for name, rules in _chains(new).items():
-        if rules != old_chains[name]:
-            lines += [f"flush chain {TABLE} {name}", f"table {TABLE} {{", text_of(_chain(name, rules).lines()) + "}"]
-    gone, came = _difference(old, new)
-    lines += [f"delete element {TABLE} {name} {{ {key} }}" for name, keys in gone.items() for key in keys]
-    lines += [f"add element {TABLE} {name} {{ {e.text} }}" for name, keys in came.items() for e in keys.values()]
-    return "\n".join([*lines, ""]) if lines else ""
-
-
-def rules_in(redirects: Redirects) -> int:
-    """Return the number of rules in our table once *redirects* are loaded."""
-    return _BASE_RULES + sum(map(len, _chains(redirects).values()))
+def _redirected(describe: Description, port: int, is_refused: bool, names: PortalNames) -> str:
+    packets = describe(names)
+    if port == DROPPED:
+        return f"{packets} are dropped."
+    if is_refused:
+        return f"{packets} go to port {port}, which has no listener: there are no endpoints, and the kernel refuses."
+    return f"{packets} go to our proxy port {port}."
 
 
 # ---- chains
 
-
-_START = nft_blocks.table_start(TABLE)
-_BEFORE = (
-    RuleLine(f"table {TABLE}", "Creates our table if it is missing, so that the next line can delete it."),
-    RuleLine(f"delete table {TABLE}", "Deletes the old rules. nft applies everything here as one transaction."),
-    *_START,
-)
 _REASONS = nft_blocks.CHAIN_REASONS | {
     "replies": "Arriving packets before conntrack's NAT: replies of endpoints to clients' own addresses.",
     "services": "Packets to Services, in the order of the look-ups. The first rule that matches decides.",
 }
-_BASE_CHAINS = (
+_HOOKED_CHAINS = (
     Block(
         "chain",
         "prerouting",
@@ -130,79 +158,61 @@ _REPLY = RuleLine(
 )
 
 
-def _chains(redirects: Redirects) -> dict[str, list[RuleLine]]:
-    """Return the rules that depend on *redirects*."""
-    return {
-        "services": [
-            RuleLine(f"meta nfproto ipv{family} jump services{family}", f"IPv{family} has rules of its own.")
-            for family in FAMILIES
-        ],
-        **{f"services{family}": list(_services(redirects, family)) for family in FAMILIES},
-        "replies": [_REPLY] if redirects.transparent else [],
-        **{
-            f"node_ports{family}": list(_lookups(redirects, family, "meta l4proto . th dport", f"node_ports{family}"))
-            for family in FAMILIES
-        },
-    }
-
-
-def _services(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
+def _services(facts: NodeFacts, needs: Set[str], family: Family) -> Iterator[RuleLine]:
     ip = IP[family]
-    if redirects.allowed:
+    if _RESTRICTED in needs:
         yield nft_blocks.restriction(family)
-    yield from _lookups(redirects, family, f"{ip} daddr . meta l4proto . th dport", f"service_ips{family}")
-    on = ", ".join(node_port_addresses(redirects, family))
+    yield from _lookups(facts, needs, family, f"{ip} daddr . meta l4proto . th dport", f"service_ips{family}")
+    on = ", ".join(node_port_addresses(facts, family))
     yield RuleLine(
         f"{f'{ip} daddr {{ {on} }} ' if on else ''}fib daddr type local jump node_ports{family}",
         f"Packets to {f'one of {on}' if on else 'an address'} of this node: is it a node port? Services' own addresses "
         "take precedence, because one of them may be this node's.",
     )
-    if redirects.refuse_port:
+    if facts.refuse_port:
         guarded = "meta l4proto { tcp, udp } meta l4proto . th dport @proxy_ports"
         yield RuleLine(
-            f"fib daddr type local {guarded} {_redirect(redirects, family)}{redirects.refuse_port}",
-            f"Packets sent directly to a proxy port of this node go to port {redirects.refuse_port}. It has no "
+            f"fib daddr type local {guarded} {_redirect(facts, family)}{facts.refuse_port}",
+            f"Packets sent directly to a proxy port of this node go to port {facts.refuse_port}. It has no "
             "listener, so the kernel refuses them: proxy ports are only reached through portals.",
         )
 
 
-def _lookups(redirects: Redirects, family: Family, key: str, name: str) -> Iterator[RuleLine]:
+def _lookups(facts: NodeFacts, needs: Set[str], family: Family, key: str, name: str) -> Iterator[RuleLine]:
     """Yield the rules that look up *key* for each sender.
 
     A drop in a NAT chain is enough, as the packet is the first of its connection. `meta l4proto` has to be matched in
     the rule that translates.
     """
     here = "this node"
-    if redirects.capture is Capture.ADDRESS:
+    if facts.capture is Capture.ADDRESS:
         here = f"{_LOCAL_ADDRESSES[family]}, an address of ours on lo,"
     for sender, suffix in SENDERS.items():
-        for match, which in _matches(sender, redirects, family):
+        for match, which in _matches(sender, facts, family) if not suffix or suffix in needs else ():
             yield RuleLine(
                 f"{match}{key} @dropped_{name}{suffix} drop",
                 f"Packets{f' {which}' if which else ''} to a portal in @dropped_{name}{suffix}: dropped without an "
                 "answer.",
             )
             yield RuleLine(
-                f"{match}meta l4proto {{ tcp, udp }} {_redirect(redirects, family)}{key} map @{name}{suffix}",
+                f"{match}meta l4proto {{ tcp, udp }} {_redirect(facts, family)}{key} map @{name}{suffix}",
                 f"{f'Packets {which}' if which else 'TCP and UDP packets'} whose destination, protocol and port are in "
                 f"@{name}{suffix} go to {here} at the proxy port found there. Others: the next rule.",
             )
 
 
-def _matches(sender: Sender, redirects: Redirects, family: Family) -> Iterator[tuple[str, str]]:
-    """Yield what matches packets of *sender*, and the same in words; nothing if it has no maps of its own."""
+def _matches(sender: Sender, facts: NodeFacts, family: Family) -> Iterator[tuple[str, str]]:
+    """Yield what matches packets of *sender*, and the same in words; nothing if no packets are known to be of it."""
     if sender is Sender.ANYBODY:
         yield "", ""
-    elif not redirects.exceptions.get(sender):
-        return
     elif sender is Sender.NODE:
         yield "fib saddr type local ", "sent by this node itself"
-    elif (pods := nft_blocks.from_pods(redirects.pods, family))[0]:
+    elif (pods := nft_blocks.from_pods(facts.pods, family))[0]:
         yield pods
 
 
-def _redirect(redirects: Redirects, family: Family) -> str:
-    if redirects.capture is Capture.ADDRESS:
+def _redirect(facts: NodeFacts, family: Family) -> str:
+    if facts.capture is Capture.ADDRESS:
         return f"dnat {IP[family]} to {_LOCAL_ADDRESSES[family]} :"
     return "redirect to :"
 
@@ -215,22 +225,13 @@ def _chain(name: str, rules: Sequence[RuleLine]) -> Block:
 # ---- shared with iptables.py
 
 
-def node_port_addresses(redirects: Redirects, family: Family) -> tuple[str, ...]:
+def node_port_addresses(facts: NodeFacts, family: Family) -> tuple[str, ...]:
     """Return the networks of node addresses that serve node ports; empty for all."""
-    networks = merged(redirects.node_ports_on, family)
+    networks = merged(facts.node_ports_on, family)
     return () if is_everything(networks) else networks
 
 
-def restricted(redirects: Redirects, family: Family) -> Iterator[tuple[Portal, tuple[str, ...]]]:
-    """Yield the portals that only some clients may dial, and the networks of these clients."""
-    for portal, cidrs in redirects.allowed.items():
-        if portal.family == family and not is_everything(networks := merged(cidrs, family)):
-            yield portal, networks
-
-
 # ---- sets and maps
-
-_PORT_WORDS = "protocol . port"
 
 
 def _kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
@@ -245,118 +246,13 @@ def _kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
                 f"{packets} to {what} (IPv{family}): portal -> proxy port. One look-up, however many Services "
                 f"there are.{first}"
             )
-            yield f"{name}{suffix}", SetKind(key, PORT[1:], reason, f"Key: {key_words}; value: the proxy port.")
+            yield (
+                f"{name}{suffix}",
+                SetKind(key, PORT[1:], reason, f"Key: {key_words}; value: the proxy port.", names_owner=True),
+            )
             reason = (
                 f"{packets} to these {what} (IPv{family}) are dropped: the traffic policy is Local, and this "
                 "node has no endpoint."
             )
-            yield f"dropped_{name}{suffix}", SetKind(key, (), reason, f"An element is {key_words}.")
+            yield f"dropped_{name}{suffix}", SetKind(key, (), reason, f"An element is {key_words}.", names_owner=True)
     yield from nft_blocks.restriction_kinds(family)
-
-
-_PROXY_PORTS = set_block(
-    "proxy_ports",
-    SetKind(PORT, (), "The local ports at which our proxy listens.", f"An element is {_PORT_WORDS}."),
-)
-_NOTE = RuleLine('comment "reached through the maps only, never directly"', "A note for readers of the rules.")
-_SETS = {name: set_block(name, kind) for family in FAMILIES for name, kind in _kinds(family)}
-_SETS["proxy_ports"] = _PROXY_PORTS._replace(head=(_NOTE, *_PROXY_PORTS.head))
-
-# Name of a set -> key -> the element.
-_Sets = dict[str, dict[str, RuleLine]]
-
-
-def _difference(old: Redirects, new: Redirects) -> tuple[_Sets, _Sets]:
-    """Return the elements that are in *old* only, and those in *new* only."""
-    gone: _Sets = {}
-    came: _Sets = {}
-    for sender in SENDERS:
-        _add_other_ports(gone, old, new, sender)
-        _add_other_ports(came, new, old, sender)
-    before, after = _ranges(old), _ranges(new)
-    for name in {**before, **after}:
-        gone[name] = _other(before.get(name, {}), after.get(name, {}))
-        came[name] = _other(after.get(name, {}), before.get(name, {}))
-    gone["proxy_ports"] = _other_proxy_ports(old, new)
-    came["proxy_ports"] = _other_proxy_ports(new, old)
-    return gone, came
-
-
-def _add_other_ports(elements: _Sets, these: Redirects, those: Redirects, sender: Sender) -> None:
-    """Add the elements for ports in *these* that are not in *those*, or have another owner, which the comment names."""
-    others = _ports(those, sender)
-    for portal, port in _ports(these, sender).items():
-        name = these.names.get(portal)
-        if others.get(portal) != port or name != those.names.get(portal):
-            text = f' comment "{comment(name)}"' if name else ""
-            value = f" : {port}" if port != DROPPED else ""
-            key = _key(portal)
-            reason = partial(_redirected, portal, sender, port, these.refuse_port)
-            elements.setdefault(_set_name(sender, portal, port), {})[key] = RuleLine(
-                f"{key}{text}{value}", reason, name
-            )
-
-
-def _other(these: Mapping[str, RuleLine], those: Mapping[str, RuleLine]) -> dict[str, RuleLine]:
-    return {key: line for key, line in these.items() if key not in those}
-
-
-def _ports(redirects: Redirects, sender: Sender) -> Mapping[Portal, int]:
-    return redirects.ports if sender is Sender.ANYBODY else redirects.exceptions.get(sender, {})
-
-
-def _set_name(sender: Sender, portal: Portal, port: int) -> str:
-    name = f"{'node_ports' if portal.is_node_port else 'service_ips'}{portal.family}{SENDERS[sender]}"
-    return f"dropped_{name}" if port == DROPPED else name
-
-
-def _key(portal: Portal) -> str:
-    port = f"{portal.protocol.lower()} . {portal.port}"
-    return port if portal.is_node_port else f"{portal.ip} . {port}"
-
-
-def _redirected(portal: Portal, sender: Sender, port: int, refuse_port: int, names: PortalNames) -> str:
-    packets = f"Packets{SENT[sender]} to {names.of(portal)}"
-    if port == DROPPED:
-        return f"{packets} are dropped."
-    if port == refuse_port:
-        return f"{packets} go to port {port}, which has no listener: there are no endpoints, and the kernel refuses."
-    return f"{packets} go to our proxy port {port}."
-
-
-def _ranges(redirects: Redirects) -> _Sets:
-    sets: _Sets = {}
-    for family in FAMILIES:
-        for portal, networks in restricted(redirects, family):
-            key, name = _key(portal), redirects.names.get(portal)
-            line = _dialled(key, portal, "the networks in @allowed only", name)
-            sets.setdefault(f"restricted{family}", {})[key] = line
-            allowed = sets.setdefault(f"allowed{family}", {})
-            for network in networks:
-                allowed[f"{key} . {network}"] = _dialled(f"{key} . {network}", portal, network, name)
-    return sets
-
-
-def _dialled(text: str, portal: Portal, source: str, name: ServicePortName | None) -> RuleLine:
-    def reason(names: PortalNames) -> str:
-        words = names.of(portal)
-        return f"{words[0].upper()}{words[1:]} may be dialled from {source}."
-
-    return RuleLine(text, reason, name)
-
-
-def _other_proxy_ports(these: Redirects, those: Redirects) -> dict[str, RuleLine]:
-    """Return the elements of the set of proxy ports that are in *these* but not in *those*."""
-    others, elements = _proxy_ports(those), {}
-    for protocol, port in _proxy_ports(these):
-        if (protocol, port) not in others:
-            is_refusing = port == these.refuse_port
-            reason = "The port without a listener." if is_refusing else "A proxy port: not to be dialled directly."
-            key = f"{protocol.lower()} . {port}"
-            elements[key] = RuleLine(key, reason)
-    return elements
-
-
-def _proxy_ports(redirects: Redirects) -> dict[tuple[L4Protocol, int], None]:
-    levels = (_ports(redirects, sender) for sender in reversed(SENDERS))
-    return {(portal.protocol, port): None for level in levels for portal, port in level.items() if port != DROPPED}

@@ -17,24 +17,18 @@ from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.capture import has_unnumbered_interfaces
 from userspace_proxy.host.network import add_local_addresses
-from userspace_proxy.interfaces import DataPlane, Kernel
+from userspace_proxy.interfaces import DataPlane
 from userspace_proxy.model.listeners import NO_ROOM, Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
-from userspace_proxy.model.redirects import Capture, Redirects
+from userspace_proxy.model.redirects import Capture
+from userspace_proxy.model.routes import Refusal, Sender
 from userspace_proxy.model.service import Portal, ServicePort, portals
 from userspace_proxy.model.state import ProxyState
-from userspace_proxy.modes.base_proxier import BaseProxier, log_served
-from userspace_proxy.modes.plans import NodeRules, Plan, redirects_to
-from userspace_proxy.modes.portal_owners import warn_of_claim
-from userspace_proxy.netfilter.conntrack import (
-    ANY_IP,
-    Answering,
-    changed_udp_portals,
-    forget_early_connections,
-    forget_udp_flows,
-    new_tcp_portals,
-    udp_ports,
-)
+from userspace_proxy.modes.base_proxier import BaseProxier
+from userspace_proxy.modes.kernel_rules import LoadableRules, RuleUpdate, Translation
+from userspace_proxy.modes.plans import Plan
+from userspace_proxy.modes.userspace.redirects import RedirectTranslator
+from userspace_proxy.netfilter.conntrack import ANY_IP, Answering
 from userspace_proxy.netfilter.notices import NetworkNotices
 
 _PORT_TRIES = 64
@@ -52,36 +46,30 @@ class UserspaceProxier(BaseProxier):
     def __init__(
         self,
         plane: DataPlane,
-        kernel: Kernel,
+        kernel: LoadableRules,
         ports: ProxyPorts,
-        rules: NodeRules,
+        translator: RedirectTranslator,
         *,
         watches_interfaces: bool = False,
     ) -> None:
         """*watches_interfaces*: switch to another kind of capture when REDIRECT cannot work at an interface."""
-        super().__init__(kernel, rules)
+        super().__init__(kernel, translator)
+        self._redirects = translator
+        self._opened = translator.opened
         self._plane = plane
-        self._kernel = kernel
         self._ports = ports
         self._watches_interfaces = watches_interfaces
-        self._opened: dict[ListenerName, ListenerSpec] = {}
         self._given: dict[ListenerName, Backends] = {}
-        self._loaded: Redirects | None = None
-        self._is_outdated = True  # the rules, until a load succeeds
-        self._claimed: dict[Portal, ServicePortName] = {}
-        self._logged: set[ServicePortName] = set()
         self._with_old_flows: set[ServicePortName] = set()  # their UDP flows may follow an earlier traffic policy
         self._losing: set[ServicePortName] = set()  # UDP service ports that lost an endpoint since the last sync
-        self._refuse_port = 0
-        self._has_adopted = False  # listeners that the first state may not have
+        self._adopted: set[ServicePortName] = set()  # with listeners that the first state may not have
 
     def adopt(self, specs: Iterable[ListenerSpec]) -> None:
         """Take over listeners that the data plane has from the previous process. Call it before the first sync."""
         for spec in specs:
-            self._opened[spec.name] = spec
+            self._redirects.open(spec)
             self._ports.hold(spec.name, spec.proxy_port)
-            self._has_adopted = True
-        self._logged.update(name.service_port for name in self._opened)
+            self._adopted.add(spec.name.service_port)
 
     # ---- sync
 
@@ -90,27 +78,25 @@ class UserspaceProxier(BaseProxier):
             await self._sync(state)
 
     async def _sync(self, state: ProxyState) -> None:
-        self._is_outdated |= self._plans.update(state, self._rules)
-        self._logged.difference_update(self._plans.gone)
+        self._redirects.plan(state)
         changed = self._plans.unfinished
         await self._open(changed)
+        self._redirects.translate()
         self._losing |= self._losing_endpoints(changed)
         emptied = await self._give_usable(changed)
         gone = [name for name in self._candidates(changed) if name in self._opened and not self._is_planned(name)]
-        if self._is_outdated:
-            await self._load(self._losing)
+        await self._load()
         await self._give(emptied)  # the rules send no more clients to these
-        self._log_new(changed)
         await self._retire(gone)
         if with_old_flows := self._losing & self._with_old_flows:
             await self._forget_old_flows(with_old_flows)
         self._losing.clear()
-        self._has_adopted = False
+        self._adopted.clear()
         self._plans.finish()
 
     def _candidates(self, changed: Iterable[Plan]) -> Iterable[ListenerName]:
         """Return the listeners that may have lost their plans."""
-        if self._has_adopted:
+        if self._adopted:
             return list(self._opened)
         names = (*self._plans.gone, *(plan.service_port.name for plan in changed))
         return starmap(ListenerName, product(names, Scope, (False, True)))
@@ -119,16 +105,11 @@ class UserspaceProxier(BaseProxier):
         planned = self._plans.held.get(name.service_port)
         return planned is not None and name in planned.listeners
 
-    def _log_new(self, changed: Iterable[Plan]) -> None:
-        new = [
-            plan
-            for plan in changed
-            if plan.service_port.name not in self._logged and any(name in self._opened for name in plan.listeners)
-        ]
-        log_served((line for plan in new for line in self._served(plan)), len(new))
-        self._logged.update(plan.service_port.name for plan in new)
+    def _log_new(self, names: Iterable[ServicePortName]) -> None:
+        super()._log_new(name for name in names if name not in self._adopted)
 
-    def _served(self, plan: Plan) -> Iterator[str]:
+    def _served_by(self, made: Translation) -> Iterator[str]:
+        plan = self._plans.held[made.service_port.name]
         addresses = ", ".join(dict.fromkeys(map(str, portals(plan.service_port))))
         for name, backends in plan.listeners.items():
             if (spec := self._opened.get(name)) is not None:
@@ -137,18 +118,17 @@ class UserspaceProxier(BaseProxier):
 
     async def _open(self, changed: Iterable[Plan]) -> None:
         """Open or configure the listeners of *changed*, and retry those that could not be opened."""
-        if not self._refuse_port:
+        if not self._redirects.refuse_port:
             await self._reserve_refuse_port()
         planned = {name: plan.service_port for plan in changed for name in plan.listeners}
         planned |= {n: self._plans.held[n.service_port].service_port for n in self.unopened if self._is_planned(n)}
         specs = [spec for name, service_port in planned.items() if (spec := self._spec(name, service_port))]
-        self._is_outdated |= bool(specs)
         tried: dict[ListenerName, set[int]] = {}
         while specs:
             refused = await self._plane.open(specs)
             for spec in specs:
                 if spec.name not in refused:
-                    self._opened[spec.name] = spec
+                    self._redirects.open(spec)
                     self.unopened.pop(spec.name, None)
             specs = [
                 replace(spec, proxy_port=port)
@@ -192,7 +172,7 @@ class UserspaceProxier(BaseProxier):
                 break
             why = await self._plane.reserve(port)
             if not why:
-                self._refuse_port = port
+                self._redirects.refuse_port = port
                 return
             refused.add(port)
         raise SyncError(f"no port of --proxy-port-range can be held ({why}); choose another range")
@@ -217,40 +197,33 @@ class UserspaceProxier(BaseProxier):
             await self._plane.update(backends)
             self._given.update(backends)
 
-    async def _load(self, losing: Set[ServicePortName] = frozenset()) -> None:
-        redirects = self._redirects()
-        if redirects != self._loaded:
-            await self._replace(redirects, losing)
-        self._is_outdated = False
-
-    async def _replace(self, redirects: Redirects, losing: Set[ServicePortName]) -> None:
-        await self._kernel.load(redirects)
-        self.loads += 1
-        self.repairer.check_now()
-        before, self._loaded = self._loaded, redirects
-        changed = {
-            portal: ports if redirects.names.get(portal) in losing else ports | self._kept_flows(portal)
-            for portal, ports in changed_udp_portals(before or Redirects(), redirects).items()
-        }
-        if changed:
-            await forget_udp_flows(changed)
-        if new := new_tcp_portals(before or Redirects(), redirects):
-            await forget_early_connections(new)
-
     def proxy_port(self, listener: ListenerName) -> int:
         return spec.proxy_port if (spec := self._opened.get(listener)) is not None else 0
 
-    def _kept_flows(self, portal: Portal) -> Answering:
+    def _answers(self, made: Translation) -> Mapping[Portal, Answering]:
+        found: dict[Portal, Answering] = {}
+        for (portal, *_), port in zip(made.routes, made.ports, strict=True):
+            found[portal] = found.get(portal, frozenset()) | {(ANY_IP, port)}
+        return found
+
+    def _changed_flows(self, changed: Mapping[ServicePortName, Translation | None]) -> dict[Portal, Answering]:
+        stale = super()._changed_flows(changed)
+        for portal in stale:
+            name = self._redirects.owners.owner(portal)
+            if name is not None and name not in self._losing:
+                stale[portal] |= self._kept_flows(name, portal)
+        return stale
+
+    def _kept_flows(self, name: ServicePortName, portal: Portal) -> Answering:
         """Return where old flows to *portal* may continue, though the traffic policy sends new ones elsewhere.
 
         Or drops them, if this node has no endpoint: the endpoints of the old flows still serve.
         """
-        assert self._loaded is not None
-        if self._loaded.ports.get(portal) in (None, self._refuse_port):
+        routes = self._redirects.translations[name].routes
+        if not any(r.portal == portal and r.sender is Sender.ANYBODY and r.to is not Refusal.REJECT for r in routes):
             return frozenset()
-        service_port = self._loaded.names[portal]
-        self._with_old_flows.add(service_port)
-        opened = (self._opened.get(name) for name in self._plans.held[service_port].listeners)
+        self._with_old_flows.add(name)
+        opened = (self._opened.get(listener) for listener in self._plans.held[name].listeners)
         return {(ANY_IP, spec.proxy_port) for spec in opened if spec is not None}
 
     def _losing_endpoints(self, changed: Iterable[Plan]) -> set[ServicePortName]:
@@ -266,26 +239,9 @@ class UserspaceProxier(BaseProxier):
 
     async def _forget_old_flows(self, names: Set[ServicePortName]) -> None:
         """Delete the flows of *names* that follow an earlier traffic policy: an endpoint that they may use is gone."""
-        if self._loaded is not None:
-            ports = udp_ports(self._loaded)
-            served = (self._plans.held[name].service_port for name in names if name in self._plans.held)
-            dialled = (portal for service_port in served for portal in portals(service_port))
-            await forget_udp_flows({portal: ports[portal] for portal in dialled if portal in ports})
+        held = (made for name in names if (made := self._redirects.translations.get(name)) is not None)
+        await self._forget({portal: ports for made in held for portal, ports in self._answers(made).items()})
         self._with_old_flows -= names
-
-    def _redirects(self) -> Redirects:
-        opened = {name: spec.proxy_port for name, spec in self._opened.items()}
-        redirects, claimed = redirects_to(
-            opened, self._plans.held, self._refuse_port, self._rules, self._plans.state.node
-        )
-        if self._loaded is not None and self._loaded.transparent:
-            # Open connections may outlive the last transparent listener, and need their replies.
-            redirects = replace(redirects, transparent=True)
-        for portal, name in claimed.items():
-            if self._claimed.get(portal) != name:
-                warn_of_claim(portal, redirects.names[portal], name)
-        self._claimed = claimed
-        return redirects
 
     async def _retire(self, gone: list[ListenerName]) -> None:
         for name in [name for name in self.unopened if not self._is_planned(name)]:
@@ -305,7 +261,7 @@ class UserspaceProxier(BaseProxier):
         changed = asyncio.Event()
         notices = NetworkNotices(changed.set)
         try:
-            while self._rules.capture is Capture.REDIRECT:
+            while self._redirects.rules.capture is Capture.REDIRECT:
                 await changed.wait()
                 await asyncio.sleep(_SETTLE_S)
                 changed.clear()
@@ -317,12 +273,13 @@ class UserspaceProxier(BaseProxier):
 
     async def _capture_by_address(self) -> None:
         async with self._lock:
-            before, self._rules = self._rules, replace(self._rules, capture=Capture.ADDRESS)
+            before = self._redirects.rules
+            self._redirects.rules = replace(before, capture=Capture.ADDRESS)
             try:
                 if self._loaded is not None:
                     await self._load()
             except SyncError as error:
-                self._rules = before
+                self._redirects.rules = before
                 log.error("capture could not be changed: %s", error)  # noqa: TRY400
                 await asyncio.sleep(_SETTLE_S)
 
@@ -353,14 +310,6 @@ class UserspaceProxier(BaseProxier):
         await super()._repair()
         await self._open_again()
 
-    def _is_loaded(self) -> bool:
-        return self._loaded is not None
-
-    async def _forget_all_flows(self) -> None:
-        if self._loaded is not None:
-            await forget_udp_flows(changed_udp_portals(Redirects(), self._loaded))
-            await forget_early_connections(new_tcp_portals(Redirects(), self._loaded))
-
     async def close(self, drain_timeout_s: float) -> None:
         async with self._lock:
             await self._remove_redirects()
@@ -374,9 +323,10 @@ class UserspaceProxier(BaseProxier):
         """
         if self._loaded is None:
             return
+        names = {*self._redirects.translations, *self._redirects.unloaded}
         try:
-            await self._kernel.load(Redirects(capture=self._loaded.capture, transparent=self._loaded.transparent))
+            await self._kernel.load(RuleUpdate({}, names, replace(self._loaded, refuse_port=0)))
         except SyncError as error:
             log.error("redirects could not be removed: %s", error)  # noqa: TRY400
             return
-        await forget_udp_flows(changed_udp_portals(self._loaded, Redirects()))
+        await self._forget(dict.fromkeys(self._udp_portals(), frozenset()))

@@ -1,9 +1,9 @@
-"""Load a `SlotTable` into the kernel: the rules, which rarely change, by the nft tool; the elements by netlink."""
+"""Load a `ServiceTable` into the kernel: the rules, which rarely change, by the nft tool; the elements by netlink."""
 
 import contextlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 
 from prometheus_client.core import Metric
 
@@ -15,7 +15,7 @@ from userspace_proxy.model.sync_health import FAMILY_NAMES
 from userspace_proxy.modes.kernel_metrics import refused_loads
 from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.rule_line import Rules
-from userspace_proxy.modes.slots.slot_table import SlotTable
+from userspace_proxy.modes.service_table import ServiceTable
 from userspace_proxy.modes.watched_rules import NftRules
 from userspace_proxy.netfilter.elements import NftSocket, Transaction, element
 from userspace_proxy.netfilter.nfnetlink import is_dormant
@@ -27,13 +27,14 @@ _AT_ONCE_MAX = 50
 
 log = logging.getLogger(__name__)
 
-_Element = tuple[str, bytes]  # the name of its set, and its key
+# Name of a set -> the key of an element that several service ports may share -> the number of these.
+_Uses = defaultdict[str, Counter[bytes]]
 
 
 class ElementTables(NftRules):
-    """The rules of a kernel mode that consist of one nftables *table*."""
+    """The rules of a mode that consist of one nftables *table*."""
 
-    def __init__(self, mode: str, table: SlotTable) -> None:
+    def __init__(self, mode: str, table: ServiceTable) -> None:
         super().__init__(table.name)
         self._mode = mode
         self.table = table
@@ -41,9 +42,9 @@ class ElementTables(NftRules):
         self.loads: Mapping[str, Loads] = dict.fromkeys(FAMILY_NAMES, self._loads)  # one transaction for both families
         self._held: dict[ServicePortName, Translation] = {}
         self._socket = NftSocket()
-        self._uses: Counter[_Element] = Counter()  # of elements that several service ports may share
+        self._uses = _Uses(Counter)
         self._facts: NodeFacts | None = None  # None: the content of the kernel's table is unknown
-        self._timeouts_s: frozenset[int] = frozenset()
+        self._needs: frozenset[str] = frozenset()
         self._is_loading = False
 
     def rules(self, translations: Mapping[ServicePortName, Translation], facts: NodeFacts) -> Rules:
@@ -77,21 +78,21 @@ class ElementTables(NftRules):
     async def _load_all(self, update: RuleUpdate) -> None:
         self._watch.is_touched = True  # until everything is loaded
         translations, _, facts = update
-        timeouts_s = _timeouts_s(translations.values())
+        needs = frozenset[str]().union(*map(self.table.needs, translations.values()))
         with self._loads.of(everything=True):
             try:
                 await self._remove_unfinished()
-                await load_nft(self.table.skeleton(facts, timeouts_s, is_there=True))
+                await load_nft(self.table.skeleton(facts, needs, is_there=True))
             except SyncError as error:
                 log.debug("the kernel has no table that can be changed into ours (%s); creating it", error)
-                await load_nft(removal(self.table.name) + self.table.skeleton(facts, timeouts_s, is_there=False))
-            await in_thread(self._replace_elements, translations, timeouts_s)
+                await load_nft(removal(self.table.name) + self.table.skeleton(facts, needs, is_there=False))
+            await in_thread(self._replace_elements, translations, needs)
             await load_nft(f"table {self.table.name}\n")  # no longer dormant
         for name, before in self._held.items():
             if (after := translations.get(name)) is not before:
                 self.table.forget(before, after)
         self._held = dict(translations)
-        self._facts, self._timeouts_s = facts, timeouts_s
+        self._facts, self._needs = facts, needs
         self._watch.is_touched = False
 
     async def _remove_unfinished(self) -> None:
@@ -100,12 +101,12 @@ class ElementTables(NftRules):
             if is_dormant(self.table.name):
                 await load_nft(removal(self.table.name))
 
-    def _replace_elements(self, translations: Mapping[ServicePortName, Translation], timeouts_s: Set[int]) -> None:
-        changes = _Changes(self.table, {})
+    def _replace_elements(self, translations: Mapping[ServicePortName, Translation], needs: Set[str]) -> None:
+        changes = _Changes(self.table, _Uses(Counter))
         for owner, translation in translations.items():
             changes.add(owner, None, translation)
         transaction = Transaction(self.table.name)
-        for name in self.table.set_names(timeouts_s):
+        for name in self.table.set_names(needs):
             transaction.flush(name)
         changes.write(transaction)
         transaction.commit(self._socket)
@@ -113,14 +114,14 @@ class ElementTables(NftRules):
 
     async def _load_changes(self, update: RuleUpdate) -> None:
         translations, changed, facts = update
-        timeouts_s = self._timeouts_s | _timeouts_s(translations[n] for n in changed if n in translations)
+        needs = self._needs.union(*(self.table.needs(translations[name]) for name in changed if name in translations))
         transaction = Transaction(self.table.name)
-        if facts != self._facts or timeouts_s != self._timeouts_s:
-            await load_nft(self.table.skeleton(facts, timeouts_s, is_there=True))
-            held = self.table.set_names(self._timeouts_s)
-            for new in set(self.table.set_names(timeouts_s)).difference(held):
+        if facts != self._facts or needs != self._needs:
+            await load_nft(self.table.skeleton(facts, needs, is_there=True))
+            held = self.table.set_names(self._needs)
+            for new in set(self.table.set_names(needs)).difference(held):
                 transaction.flush(new)  # the previous process may have left it
-            self._facts, self._timeouts_s = facts, timeouts_s
+            self._facts, self._needs = facts, needs
         changes = _Changes(self.table, self._uses)
         for owner in changed:
             changes.add(owner, self._held.get(owner), translations.get(owner))
@@ -131,11 +132,13 @@ class ElementTables(NftRules):
             transaction.commit(self._socket)
         self._note_loaded(update, changes.uses)
 
-    def _note_loaded(self, update: RuleUpdate, uses: Mapping[_Element, int]) -> None:
-        for name, more in uses.items():
-            self._uses[name] += more
-            if not self._uses[name]:
-                del self._uses[name]
+    def _note_loaded(self, update: RuleUpdate, uses: _Uses) -> None:
+        for name, of_set in uses.items():
+            held = self._uses[name]
+            for key, more in of_set.items():
+                held[key] += more
+                if not held[key]:
+                    del held[key]
         for owner in update.changed:
             before, after = self._held.pop(owner, None), update.translations.get(owner)
             if after is not None:
@@ -155,7 +158,7 @@ class ElementTables(NftRules):
 
     def _has_all_rules(self) -> bool:
         """Changed elements are known by their notices."""
-        return self._facts is not None and self._count() == self.table.rules_in(self._facts, self._timeouts_s)
+        return self._facts is not None and self._count() == self.table.rules_in(self._facts, self._needs)
 
     def unwatch(self) -> None:
         if not self._is_loading:  # a thread may be sending; `remove` closes the socket then
@@ -166,13 +169,13 @@ class ElementTables(NftRules):
 class _Changes:
     """The elements to delete and to add. ``uses``: the change of the number of uses of each shared element."""
 
-    def __init__(self, table: SlotTable, uses: Mapping[_Element, int]) -> None:
+    def __init__(self, table: ServiceTable, uses: _Uses) -> None:
         """*uses*: those before the changes."""
         self._table = table
         self._held_uses = uses
         self._deleted: defaultdict[str, list[bytes]] = defaultdict(list)
         self._added: defaultdict[str, list[bytes]] = defaultdict(list)
-        self.uses = Counter[_Element]()
+        self.uses = _Uses(Counter)
 
     def add(self, owner: ServicePortName, before: Translation | None, after: Translation | None) -> None:
         """Add what differs between the translations *before* and *after* of *owner*."""
@@ -180,18 +183,19 @@ class _Changes:
         for name in {**old, **new}:
             gone, came, kind = old.get(name, {}), new.get(name, {}), self._table.kind_of(name)
             if kind.is_shared:
-                self.uses.subtract((name, key) for key in gone)
-                self.uses.update((name, key) for key in came)
+                self.uses[name].subtract(gone.keys())
+                self.uses[name].update(came.keys())
             else:
                 self._deleted[name] += _packed(kind, dict.fromkeys(_other(gone, came), b""))
                 self._added[name] += _packed(kind, _other(came, gone), owner)
 
     def write(self, transaction: Transaction) -> None:
         """Add everything to *transaction*, deletions first."""
-        for (name, key), more in self.uses.items():
-            uses = self._held_uses.get((name, key), 0)
-            if bool(uses) != bool(uses + more):
-                (self._deleted if uses else self._added)[name].append(element(key))
+        for name, of_set in self.uses.items():
+            for key, more in of_set.items():
+                uses = self._held_uses[name][key]
+                if bool(uses) != bool(uses + more):
+                    (self._deleted if uses else self._added)[name].append(element(key))
         for name, elements in self._deleted.items():
             transaction.delete(name, elements)
         for name, elements in self._added.items():
@@ -208,8 +212,3 @@ def _other(these: Mapping[bytes, bytes], those: Mapping[bytes, bytes]) -> Mappin
 def _packed(kind: SetKind, found: Mapping[bytes, bytes], owner: ServicePortName | None = None) -> list[bytes]:
     text = comment(owner) if owner is not None and kind.names_owner else ""
     return [element(key, value, text, is_interval=kind.is_interval) for key, value in found.items()]
-
-
-def _timeouts_s(translations: Iterable[Translation]) -> frozenset[int]:
-    timeouts_s = (translation.service_port.affinity_timeout_s for translation in translations)
-    return frozenset(timeout_s for timeout_s in timeouts_s if timeout_s is not None)
