@@ -86,10 +86,6 @@ class _File:
     emptied: bool = False
 
     @property
-    def text(self) -> str:
-        return "".join(part.document.text for part in self.parts)
-
-    @property
     def problems(self) -> list[Problem]:
         return [problem for part in self.parts for problem in part.problems]
 
@@ -341,7 +337,7 @@ class FileSource:
 
     def _take(self, file: _File, path: str, text: str, change: _Change) -> None:
         """Parse the changed part of *text*; unchanged documents at the start and the end are kept."""
-        old, old_text = file.parts, file.text
+        old, old_text = file.parts, "".join(part.document.text for part in file.parts)
         # A document is unchanged only if the separator after it is, too. A document with problems is parsed again.
         same = _common_start(old_text, text) - len("--- ")
         head = 0

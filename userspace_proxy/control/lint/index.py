@@ -81,10 +81,6 @@ class Index:
         """Return the Pods and templates with labels in *namespace*."""
         return self._in_namespace[namespace].items() if namespace in self._in_namespace else ()
 
-    def namespaces_with(self, service: str) -> Iterable[str]:
-        """Return the namespaces with a Service called *service*."""
-        return (namespace for namespace, names in self.names_in.items() if service in names)
-
     def namespaces(self) -> Iterable[str]:
         return (namespace for namespace, held in self._in_namespace.items() if held)
 

@@ -229,7 +229,8 @@ def _meant_services(index: Index, name: NamespacedName, *, is_empty: bool) -> It
         spec = service.spec if isinstance(service, api.Service) else None
         return not (spec and (spec.selector or spec.type == "ExternalName"))
 
-    if elsewhere := sorted(space for space in index.namespaces_with(name.name) if waits(space, name.name)):
+    spaces = (space for space, names in index.names_in.items() if name.name in names)
+    if elsewhere := sorted(space for space in spaces if waits(space, name.name)):
         yield f"write 'namespace: {elsewhere[0]}', where the Service {name.name} is"
     names = index.names_in.get(name.namespace, set())
     if (match := _closest(name.name, names)) and waits(name.namespace, match):
