@@ -713,5 +713,5 @@ def test_a_worker_imports_nothing_of_the_control_side() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
     loaded = set(done.stdout.split())
 
-    assert not loaded & {"yaml", "aiohttp", "click", "rich", "prometheus_client", "watchfiles"}
+    assert not loaded & {"yaml", "aiohttp", "click", "rich", "prometheus_client", "inotify_simple"}
     assert not [name for name in loaded if name.startswith(("userspace_proxy.control", "userspace_proxy.modes"))]

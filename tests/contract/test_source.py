@@ -20,7 +20,7 @@ import pytest
 from userspace_proxy import api
 from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.errors import StartError
-from userspace_proxy.sources import files
+from userspace_proxy.sources import files, folder_watch
 from userspace_proxy.sources.files import FileSource
 
 PATIENCE_S = 10
@@ -44,6 +44,7 @@ class Told:
         self.source = source
         self.events: list[ObjectEvent] = []
         self.ports: dict[str, int] = {}
+        self.states: list[dict[str, int]] = []  # the ports after each batch
         self._reported = asyncio.Event()
 
     async def follow(self) -> None:
@@ -51,6 +52,7 @@ class Told:
             async for batch in batches:
                 for event in batch:
                     self._take(event)
+                self.states.append(dict(self.ports))
                 self._reported.set()
 
     def _take(self, event: ObjectEvent) -> None:
@@ -506,9 +508,8 @@ async def test_a_file_of_a_size_that_no_manifest_has_is_reported_and_not_read(tm
         assert "larger than 256 MB" in told.source.problems[f"{tmp_path}/a.yaml"]
 
 
-async def test_a_file_whose_name_is_no_text_is_reported_and_changes_are_seen_all_the_same(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.usefixtures("looks_once")
+async def test_a_file_whose_name_is_no_text_is_reported_and_changes_are_seen_all_the_same(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(service("a"))
 
@@ -522,7 +523,6 @@ async def test_a_file_whose_name_is_no_text_is_reported_and_changes_are_seen_all
         assert told.source.problems == {
             f"{tmp_path}/\\xff.yaml": f"{tmp_path}/\\xff.yaml: cannot be read: its name is not UTF-8 text; rename it"
         }
-        assert caplog.text.count("they are looked at once a second") == 1
 
 
 async def test_a_link_that_leads_to_itself_is_reported_and_a_file_in_its_place_is_seen(tmp_path: Path) -> None:
@@ -647,6 +647,80 @@ def _numbered(number: int, port: int) -> str:
     return f"apiVersion: v1\nkind: Service\nmetadata: {{name: s{number}}}\nspec: {{ports: [{{port: {port}}}]}}\n"
 
 
+# ---- half-written files
+
+
+async def test_a_half_written_file_is_not_read_before_its_writer_closes_it(tmp_path: Path) -> None:
+    file, other = tmp_path / "a.yaml", tmp_path / "c.yaml"
+    file.write_text(service("a") + service("b"))
+    other.write_text(service("c"))
+    (tmp_path / "link.yaml").symlink_to("nothing")  # because of it, each change makes the source look at all files
+
+    async with following(tmp_path) as told:
+        with file.open("w") as writing:
+            for port in (81, 82):
+                other.write_text(service("c", port))
+                await told.until(lambda port=port: told.ports["c"] == port)  # type: ignore[misc]
+                assert told.ports == {"a": 80, "b": 80, "c": port}
+                writing.write(service("a", 81))
+                writing.flush()
+            writing.write(service("b", 81))
+        await told.until(lambda: told.ports == {"a": 81, "b": 81, "c": 82})
+
+        assert (EventType.DELETE, "b") not in told.since(0)
+
+
+async def test_whatever_pauses_a_writer_makes_only_whole_files_are_reported(tmp_path: Path) -> None:
+    file, chance = tmp_path / "a.yaml", random.Random(1)
+    names = [f"s{number}" for number in range(8)]
+    file.write_text("".join(service(name, 1) for name in names))
+
+    def write_versions() -> None:
+        for version in range(2, 80):
+            with file.open("w") as writing:
+                for name in names:
+                    writing.write(service(name, version))
+                    if chance.random() < 0.3:
+                        writing.flush()
+                        threading.Event().wait(chance.random() * 0.004)
+            threading.Event().wait(chance.random() * 0.006)
+
+    async with following(tmp_path) as told:
+        await asyncio.to_thread(write_versions)
+        await told.until(lambda: set(told.ports.values()) == {79})
+
+        assert all(set(state) == set(names) and len(set(state.values())) == 1 for state in told.states)
+
+
+async def test_a_writer_that_keeps_its_file_open_is_waited_for_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_watch, "_UNCLOSED_S", 0.1)
+    monkeypatch.setattr(files, "_LOOK_AGAIN_S", 0.1)
+    file = tmp_path / "a.yaml"
+    file.write_text(service("a"))
+
+    async with following(tmp_path) as told:
+        with file.open("a") as writing:
+            writing.write(service("b"))
+            writing.flush()
+            await told.until(lambda: told.ports == {"a": 80, "b": 80})
+
+
+async def test_a_file_that_is_emptied_keeps_its_objects_until_it_is_filled(tmp_path: Path) -> None:
+    file, other = tmp_path / "a.yaml", tmp_path / "c.yaml"
+    file.write_text(service("a"))
+
+    async with following(tmp_path) as told:
+        file.write_text("")
+        other.write_text(service("c"))
+        await told.until(lambda: "c" in told.ports)
+        assert told.ports["a"] == 80
+
+        file.write_text("")
+        await told.until(lambda: "a" not in told.ports)
+
+
 # ---- changes that a notification names
 
 
@@ -719,3 +793,75 @@ async def test_a_folder_made_anew_is_watched_again(tmp_path: Path) -> None:
         await told.until(lambda: told.ports == {"a": 81})
         put_in_place(folder / "a.yaml", service("a", 82))
         await told.until(lambda: told.ports == {"a": 82})
+
+
+@pytest.mark.usefixtures("looks_once")
+async def test_a_notification_is_enough_for_a_link_and_for_a_renamed_file(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    for name in "abc":
+        (elsewhere / f"{name}.yaml").write_text(service(name))
+
+    async with following(folder) as told:
+        (folder / "hard.yaml").hardlink_to(elsewhere / "a.yaml")
+        await told.until(lambda: told.ports == {"a": 80})
+        (folder / "hard.yaml").rename(folder / "renamed.yaml")
+        (elsewhere / "b.yaml").rename(folder / "moved.yaml")
+        await told.until(lambda: told.ports == {"a": 80, "b": 80})
+        (folder / "soft.yaml").symlink_to(elsewhere / "c.yaml")
+        await told.until(lambda: told.ports == {"a": 80, "b": 80, "c": 80})
+
+        assert EventType.DELETE not in [event for event, _ in told.since(0)]
+        assert not told.source.problems
+
+
+@pytest.mark.usefixtures("looks_once")
+async def test_a_file_that_an_editor_moves_away_and_writes_anew_is_never_gone(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(service("a"))
+
+    async with following(tmp_path) as told:
+        file.rename(tmp_path / "a.yaml~")
+        file.write_text(service("a", 81))
+        await told.until(lambda: told.ports == {"a": 81})
+
+        assert (EventType.DELETE, "a") not in told.since(0)
+
+
+@pytest.mark.usefixtures("looks_once")
+async def test_changes_that_overflow_the_kernels_queue_are_seen(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(service("a"))
+    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+
+    async with following(tmp_path) as told:
+        with (tmp_path / "x").open("wb", 0) as x, (tmp_path / "y").open("wb", 0) as y:
+            for _ in range(limit // 2 + 1):  # two in turn: the kernel merges equal events
+                x.write(b"x")
+                y.write(b"y")
+            file.write_text(service("a", 81))
+            await told.until(lambda: told.ports == {"a": 81})
+
+
+def test_where_the_kernel_watches_no_more_folders_files_are_looked_at_periodically(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(service("a"))
+    code = (
+        "import asyncio, sys\n"
+        "from pathlib import Path\n"
+        "from userspace_proxy.sources.files import FileSource\n"
+        "async def main():\n"
+        "    events = FileSource([sys.argv[1]]).events()\n"
+        "    print(*await anext(events), *await anext(events))\n"
+        "    text = Path(sys.argv[1], 'a.yaml').read_text()\n"
+        "    Path(sys.argv[1], 'b.yaml').write_text(text.replace('name: a', 'name: b'))\n"
+        "    print(*await anext(events))\n"
+        "asyncio.run(main())\n"
+    )
+    forbid = 'echo 0 > /proc/sys/user/max_inotify_watches; exec "$@"'
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", forbid, "sh", sys.executable, "-P", "-c", code]
+
+    result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True)
+
+    assert result.stdout.splitlines()[-1].count("SET") == 1
+    assert "max_user_watches is reached), they are looked at once a second" in result.stderr

@@ -22,6 +22,7 @@ from userspace_proxy.errors import Note, StartError
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.watch_stats import WatchStats
 from userspace_proxy.sources.documents import Manifest, Problem, duplicates, parse, split
+from userspace_proxy.sources.folder_watch import ChangedFile, FolderWatch
 from userspace_proxy.sources.lines import Document
 from userspace_proxy.sources.paths import (
     STDIN,
@@ -43,9 +44,9 @@ from userspace_proxy.sources.paths import (
     watched_folders,
 )
 
-# Changes within this time are read together: an editor writes, renames and touches in one go.
-_SETTLE_MS = 25
 _LOOK_AGAIN_S = 1.0
+# A file that lost all its content counts as empty after this time; its writer may truncate it first, and fill it then.
+_EMPTY_S = 0.5
 # The share of a core that is spent on looking at all files again.
 _LOOK_AGAIN_SHARE = 0.004
 _BATCH = 2_000
@@ -83,7 +84,7 @@ class _File:
 
     seen: tuple[int, ...] = ()
     parts: list[_Part] = field(default_factory=list)
-    emptied: bool = False
+    emptied_at: float | None = None  # when it was found empty that had content
 
     @property
     def problems(self) -> list[Problem]:
@@ -131,6 +132,9 @@ class FileSource:
         self._look_again_s = _LOOK_AGAIN_S
         self._emptied: set[str] = set()  # files that are read again, because a writer may have truncated them
         self._with_links: set[str] = set()  # folders in which a change may concern files of other names
+        self._named: dict[str, str] = {}  # folders that are read -> as the user named them
+        self._names: dict[str, set[str] | None] = {}  # watched folders -> files there that matter; None: all
+        self._folder_watch: FolderWatch | None = None
         self._skipped_kinds: set[str] = set()
         self._reading: asyncio.Future[list[ObjectEvent]] | None = None
         self._streams: dict[str, asyncio.Future[str]] = {}
@@ -176,55 +180,54 @@ class FileSource:
         a network share. It continues if the watch fails.
         """
         try:
-            await self._watch_folders(changed)
-        except Exception as error:  # noqa: BLE001 - too many watches, or a file name that is not UTF-8
-            log.warning("files cannot be watched (%s), they are looked at once a second", _innermost(error))
+            watched = [path for path in self._paths if path not in self._stream_paths]
+            self._names = watched_folders(watched)
+            folders = [path for path in map(Path, watched) if path.is_dir() and not path.is_symlink()]
+            self._named = {str(folder.resolve()): str(folder) for folder in folders}
+            while self._names:
+                await self._watch_folders(changed)
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            log.warning("files cannot be watched (%s), they are looked at once a second", reason)
         while True:
             await asyncio.sleep(_LOOK_AGAIN_S)
             self._looks_at_all = True
             changed.set()
 
     async def _watch_folders(self, changed: asyncio.Event) -> None:
-        from watchfiles import awatch
-
-        watched = [Path(path) for path in self._paths if path not in self._stream_paths]
-        folders = {str(folder) for path in watched for folder in watched_folders(str(path))}
-        named = {str(path.resolve()): str(path) for path in watched if path.is_dir() and not path.is_symlink()}
+        """Watch the folders until one of them is made anew. Folders, not files: editors replace the file."""
+        identities = set(map(identity, self._names))
         looked_at = time.monotonic()
-        while folders:
-            identities = set(map(identity, folders))
-            # Watch folders, not files: an editor replaces the file, and kubelet swaps a symlink.
-            async for changes in awatch(
-                *folders,
-                step=_SETTLE_MS,
-                debounce=_SETTLE_MS * 4,
-                recursive=False,
-                rust_timeout=int(_LOOK_AGAIN_S * 1000),
-                yield_on_timeout=True,
-                ignore_permission_denied=True,
-            ):
-                for _, path in changes:
-                    self._touch(Path(path), named)
+        is_made_anew = False
+        with FolderWatch(self._names, self._concerns) as self._folder_watch:
+            while not is_made_anew:
+                for file in await self._folder_watch.changes(_LOOK_AGAIN_S):
+                    self._touch(file)
                 self._touched |= self._emptied
-                latest = set(map(identity, folders))
+                latest = set(map(identity, self._names))
                 is_made_anew = latest != identities and None not in latest
                 if is_made_anew or time.monotonic() - looked_at >= self._look_again_s:
                     looked_at, self._looks_at_all = time.monotonic(), True
                 if self._looks_at_all or self._touched:
                     changed.set()
-                if is_made_anew:
-                    break
 
-    def _touch(self, changed: Path, named: Mapping[str, str]) -> None:
-        """Let the next read look at *changed*, or at all files if it may concern others.
+    def _concerns(self, file: ChangedFile) -> bool:
+        """Return whether a change of *file* may change what is read."""
+        names = self._names[file.folder]
+        folder = self._named.get(file.folder)
+        return (
+            names is None
+            or file.name in names
+            or (folder is not None and (folder in self._with_links or is_manifest_name(file.name)))
+        )
 
-        *named*: each folder to be read -> as the user named it.
-        """
-        folder = named.get(str(changed.parent))
-        if folder is None or folder in self._with_links:
+    def _touch(self, file: ChangedFile) -> None:
+        """Let the next read look at *file*, or at all files if it may concern others."""
+        folder = self._named.get(file.folder)
+        if folder is None or folder in self._with_links or not is_manifest_name(file.name):
             self._looks_at_all = True
-        elif is_manifest_name(changed.name):
-            self._touched.add(str(Path(folder, changed.name)))
+        else:
+            self._touched.add(str(Path(folder, file.name)))
 
     async def _read_streams(self) -> None:
         """Wait until every stream ends. If cancelled, the next call continues."""
@@ -318,20 +321,24 @@ class FileSource:
         """Return the text of *path* if it has changed since the last read, else None."""
         held = self._files.get(path)
         if path in self._stream_paths:
-            text = self._streams[path].result()
+            streamed = self._streams[path].result()
             self._files.setdefault(path, _File())
-            return text if held is None else None
+            return streamed if held is None else None
         stat = os.stat(path)  # noqa: PTH116 - a Path for each of 10,000 files takes longer than the call
         seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev)
         if held is not None and held.seen == seen:
             return None
-        text = read(path)
-        file = self._files.setdefault(path, _File())
-        if file.parts and not text and not file.emptied:
-            file.emptied = True  # a writer may have truncated it; the next read accepts an empty file
-            self._emptied.add(path)
+        watch = self._folder_watch
+        text = read(path) if watch is None else watch.read(path, (stat.st_dev, stat.st_ino))
+        if text is None:
             return None
-        file.seen, file.emptied = seen, False
+        file = self._files.setdefault(path, _File())
+        if file.parts and not text:
+            file.emptied_at = file.emptied_at or time.monotonic()  # a writer may fill it soon
+            if time.monotonic() - file.emptied_at < _EMPTY_S:
+                self._emptied.add(path)
+                return None
+        file.seen, file.emptied_at = seen, None
         self._emptied.discard(path)
         return text
 
@@ -377,10 +384,9 @@ class FileSource:
         if self.observer is not None and (change.gone or change.came):
             self.observer.note([part.document for part in change.gone], [part.document for part in change.came])
         touched = self._update_holders(change) | dict.fromkeys(self._possibly_hidden)
-        problems = [
-            *self._faults.values(),
-            *(p for path in self._files if path in self._faulty for p in self._files[path].problems),
-        ]
+        problems = list(self._faults.values())
+        if self._faulty:
+            problems += (p for path, file in self._files.items() if path in self._faulty for p in file.problems)
         if self._duplicated:
             problems += duplicates(m for key in sorted(self._duplicated) for m in self._holders[key])
         self._report(problems)
@@ -474,14 +480,6 @@ def _common_start(left: str, right: str) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _innermost(error: Exception) -> BaseException:
-    """Return the first single exception in *error*: watchfiles raises exception groups."""
-    inner: BaseException = error
-    while isinstance(inner, BaseExceptionGroup):
-        inner = inner.exceptions[0]
-    return inner
 
 
 def read_once(paths: Sequence[str], *, for_check: bool = True) -> tuple[list[Manifest], list[Problem]]:

@@ -14,7 +14,8 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,17 +115,29 @@ def identity(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def watched_folders(path: str) -> list[Path]:
-    """Return the folders where a change of *path* is visible: its own, and the folder of a link's target.
+def watched_folders(paths: Iterable[str]) -> dict[str, set[str] | None]:
+    """Return the folders where changes of *paths* are visible, and the files that matter there; None: all of them.
+
+    Of a folder in *paths*, manifest files matter besides. Any file may be part of the way that a link leads.
 
     Raises:
         OSError: a link is broken, for example circular.
         RuntimeError: the same, before Python 3.13.
     """
-    given, real = Path(path), Path(path).resolve()
-    if real.is_dir():
-        return list({given.absolute(), real, given.absolute().parent} if given.is_symlink() else {real})
-    return list({given.absolute().parent, real.parent})
+    names: dict[str, set[str]] = defaultdict(set)
+    linked: set[Path] = set()
+    for path in paths:
+        given, real = Path(path).absolute(), Path(path).resolve()
+        if real.is_dir():
+            if given.is_symlink():
+                linked |= {given.parent, given, real}
+            else:
+                names[str(real)] |= set()
+        elif given == real:
+            names[str(real.parent)].add(real.name)
+        else:
+            linked |= {given.parent, real.parent}
+    return {**names, **dict.fromkeys(map(str, linked))}
 
 
 # ---- content
