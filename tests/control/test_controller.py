@@ -392,6 +392,16 @@ async def test_an_unexpected_failure_is_logged_with_its_traceback() -> None:
     assert caught.group_contains(ZeroDivisionError)
 
 
+async def test_the_minimum_period_begins_with_a_load_of_rules_only() -> None:
+    rig = Rig()
+    pacer = Pacer(asyncio.get_running_loop().time, min_period_s=3_600, max_retry_s=0.01)
+    rig.controller = Controller(rig.source, rig.tracker, [rig.sink], pacer, loads=lambda: 0)
+    async with rig.running():
+        for syncs in (1, 2, 3):
+            rig.source.tell(service(f"web-{syncs}"), SYNCED)
+            await rig.sink.called(syncs)
+
+
 async def test_a_source_that_fails_is_retried_and_its_objects_stay() -> None:
     class FailingOnce(FakeSource):
         def __init__(self) -> None:

@@ -23,6 +23,20 @@ def test_the_next_sync_waits_for_the_rest_of_the_period(clock: FakeClock) -> Non
     assert pacer.delay_s() == pytest.approx(6)
 
 
+def test_a_sync_that_loaded_no_rules_does_not_delay_the_next_one(clock: FakeClock) -> None:
+    pacer = Pacer(clock, min_period_s=10, max_retry_s=30)
+    pacer.note_end(succeeded=True)
+    clock.now_s += 8
+    pacer.note_end(succeeded=True, has_loaded=False)
+
+    assert pacer.delay_s() == pytest.approx(2)
+
+    clock.now_s += 2
+    pacer.note_end(succeeded=True, has_loaded=False)
+
+    assert pacer.delay_s() == GATHER_S
+
+
 def test_a_change_long_after_the_last_sync_goes_at_once(clock: FakeClock) -> None:
     pacer = Pacer(clock, min_period_s=10, max_retry_s=30)
     pacer.note_end(succeeded=True)

@@ -46,7 +46,8 @@ class Changes:
 class Controller:
     """Applies what a source reports to the state sinks, in order, and retries until it succeeds.
 
-    *filtered*: what sinks get of a desired state, such as its healthy endpoints.
+    *filtered*: what sinks get of a desired state, such as its healthy endpoints. *loads*: counts the loads of rules, as
+    a sync without one does not delay the next sync.
     ``synced_at``: wall-clock second of the last successful sync, None before the first; ``synced``: its state;
     ``desired``: the same before it was filtered.
     ``error``: the message of the last sync if it failed, else ""; ``failing_since``: when the failures began.
@@ -64,6 +65,7 @@ class Controller:
         health_timeout_s: float = 60.0,
         filtered: Callable[[ProxyState], ProxyState] = lambda state: state,
         journal: Journal | None = None,
+        loads: Callable[[], int] | None = None,
     ) -> None:
         self._source = source
         self._tracker = tracker
@@ -72,6 +74,7 @@ class Controller:
         self._after_sync = after_sync
         self._filtered = filtered
         self._journal = journal or Journal()
+        self._loads = loads
         self._is_complete = False  # the source has reported every object
         self._changed = asyncio.Event()
         self.ready = asyncio.Event()
@@ -137,6 +140,7 @@ class Controller:
         triggers, self._triggers = self._triggers, []
         taken = {counter: changes.pending for counter, changes in self.changes.items()}
         self.sync_health.note_begin()
+        loads = self._loads() if self._loads else 0
         try:
             desired = self._tracker.state()
             state = self._filtered(desired)
@@ -152,7 +156,7 @@ class Controller:
                 log.exception("a bug: a sync failed; the previous state stays in force")
             self._note_failure(repr(error), triggers)
             return
-        self._pacer.note_end(succeeded=True)
+        self._pacer.note_end(succeeded=True, has_loaded=self._loads is None or self._loads() != loads)
         self.sync_health.note_end(succeeded=True)
         for counter, count in taken.items():
             self.changes[counter].pending -= count

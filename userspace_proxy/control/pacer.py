@@ -9,7 +9,7 @@ _DOUBLINGS_MAX = 32
 
 
 class Pacer:
-    """Computes the delay before the next sync."""
+    """Computes the delay before the next sync. *min_period_s*: the minimum time after a sync that loaded rules."""
 
     def __init__(self, now: Callable[[], float], min_period_s: float, max_retry_s: float) -> None:
         self._now = now
@@ -18,9 +18,10 @@ class Pacer:
         self._ended_at = float("-inf")
         self._failures = 0
 
-    def note_end(self, *, succeeded: bool) -> None:
-        """Record the end of a sync."""
-        self._ended_at = self._now()
+    def note_end(self, *, succeeded: bool, has_loaded: bool = True) -> None:
+        """Record the end of a sync, and whether it loaded rules."""
+        if has_loaded or not succeeded:
+            self._ended_at = self._now()
         self._failures = 0 if succeeded else self._failures + 1
 
     def delay_s(self) -> float:

@@ -169,6 +169,7 @@ class Proxy:
             health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
             filtered=self._health_filter.apply,
             journal=journal,
+            loads=lambda: self._proxier.loads,
         )
         running = RunningProxy(
             settings,
