@@ -78,9 +78,9 @@ bench-quick: ## the same within 90 seconds, with more noise
 	@tools/setup $(VENV) $(BENCH_TOOLS)
 	@timeout 180 $(BIN)/python -m benchmarks.compare --rounds 2 --seconds 0.25 --disturbed-rounds 1 --disturbed-engines 1 --name quick $(ARGS)
 
-bench-scale: ## 10,000 Services: time to ready, one change to traffic, memory
+bench-scale: ## 10,000 Services, from files and from an API server: time to ready, one change to traffic, memory
 	@tools/setup $(VENV) nft ip
-	@timeout 300 $(BIN)/python -m benchmarks.scale
+	@timeout 300 $(BIN)/python -m benchmarks.scale $(ARGS)
 
 bench-tables: ## 10,000 Services in the tables of each kernel mode: load, one change, removal
 	@tools/setup $(VENV) nft iptables ip

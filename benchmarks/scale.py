@@ -1,4 +1,4 @@
-"""10,000 Services: time to ready, one change to traffic, memory; and a restart after kill -9.
+"""10,000 Services, from files and from an API server: time to ready, one change to traffic, memory; a restart.
 
 Run it with `make bench-scale`. It builds its hosts in private namespaces and prints the figures.
 """
@@ -9,6 +9,7 @@ import argparse
 import compileall
 import json
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -16,11 +17,16 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 import userspace_proxy
 from benchmarks.memory import pss_kib
+from tests.apiserver import NODES, SERVICES, SLICES, ApiServerThread
 from userspace_proxy.compare.meters import children, process_cpu_s
 from userspace_proxy.lab import (
+    Host,
     Lab,
     ServiceLab,
     ask,
@@ -69,6 +75,21 @@ endpoints:
 ---
 """
 
+_KUBECONFIG = """\
+apiVersion: v1
+kind: Config
+current-context: bench
+contexts:
+- name: bench
+  context: {{cluster: bench, user: bench}}
+clusters:
+- name: bench
+  cluster: {{server: "{url}"}}
+users:
+- name: bench
+  user: {{}}
+"""
+
 
 def service_ip(number: int, prefix: str = "10.96") -> str:
     """Return the cluster IP of Service *number* in the range PREFIX.0.0/16."""
@@ -89,64 +110,113 @@ def manifest(services: int, *, probe_pod: int, prefix: str = "10.96", numbers: I
     return "".join(parts)
 
 
-class Bench:
-    """Runs the proxy for Services in *files* files. If there are several, the Service that changes has its own."""
+class Manifests:
+    """Services in *files* files. If there are several, the Service that changes has its own."""
 
-    def __init__(self, world: ServiceLab, folder: Path, rules: str, files: int) -> None:
-        self.world = world
-        self.rules = rules
+    def __init__(self, folder: Path, files: int) -> None:
         self.files = files
-        self.log = folder / "log"
-        self.manifests = folder / "manifests"
-        self.manifests.mkdir()
+        self.folder = folder / "manifests"
+        self.folder.mkdir()
+        self.arguments = [str(self.folder)]
 
     def write(self, services: int) -> None:
-        for file in self.manifests.iterdir():
+        for file in self.folder.iterdir():
             file.unlink()
         size = -(-(services - 1) // max(1, self.files - 1))
         for start in range(0, services - 1, size) if self.files > 1 else ():
             numbers = range(start, min(start + size, services - 1))
-            (self.manifests / f"{start}.yaml").write_text(manifest(services, probe_pod=0, numbers=numbers))
+            (self.folder / f"{start}.yaml").write_text(manifest(services, probe_pod=0, numbers=numbers))
         self.write_last(services, 0)
 
     def write_last(self, services: int, pod: int) -> None:
         """Replace the file of the last Service, whose endpoint is *pod* from now on."""
         numbers = (services - 1,) if self.files > 1 else range(services)
-        temporary = self.manifests / "last.new"
+        temporary = self.folder / "last.new"
         temporary.write_text(manifest(services, probe_pod=pod, numbers=numbers))
-        temporary.replace(self.manifests / "last.yaml")
+        temporary.replace(self.folder / "last.yaml")
+
+    def figures(self) -> dict[str, float]:
+        size_mb = round(sum(file.stat().st_size for file in self.folder.iterdir()) / 1e6, 1)
+        return {"manifest_files": self.files, "manifest_mb": size_mb}
+
+
+class ApiObjects:
+    """The same Services in an API server on *node*: that of the tests, in a thread."""
+
+    def __init__(self, node: Host, folder: Path) -> None:
+        with node.inside():
+            sock = socket.create_server(("127.0.0.1", 0))
+        self.api = ApiServerThread(sock)
+        self.api.server.bookmark_s = 60.0  # as a real one: none while an idle proxy is measured
+        self.api.do(self.api.server.put(NODES, {"metadata": {"name": "node"}}))
+        file = folder / "kubeconfig"
+        file.write_text(_KUBECONFIG.format(url=self.api.server.url))
+        self.arguments = ["--kubeconfig", str(file), "--hostname-override", "node"]
+
+    def write(self, services: int) -> None:
+        self.api.do(self._put_all(manifest(services, probe_pod=0)))
+
+    async def _put_all(self, text: str) -> None:
+        for given in yaml.load_all(text, yaml.CSafeLoader):
+            if given:
+                await self._put(given)
+        for kind in self.api.server.kinds.values():
+            kind.history.clear()  # a watch looks through all of it
+
+    async def _put(self, given: dict[str, Any]) -> None:
+        given["metadata"]["namespace"] = "default"
+        if given["kind"] == "Service":
+            given["spec"]["clusterIPs"] = [given["spec"]["clusterIP"]]
+        await self.api.server.put(SERVICES if given["kind"] == "Service" else SLICES, given)
+
+    def write_last(self, services: int, pod: int) -> None:
+        """Change the EndpointSlice of the last Service, whose endpoint is *pod* from now on."""
+        text = manifest(services, probe_pod=pod, numbers=(services - 1,))
+        self.api.do(self._put(list(yaml.safe_load_all(text))[1]))
+
+    def figures(self) -> dict[str, float]:
+        return {}
+
+
+class Bench:
+    """Runs the proxy for the Services of an origin."""
+
+    def __init__(self, world: ServiceLab, folder: Path, rules: str, origin: Manifests | ApiObjects) -> None:
+        self.world = world
+        self.rules = rules
+        self.origin = origin
+        self.log = folder / "log"
 
     def start(self) -> tuple[subprocess.Popen[bytes], float]:
         """Start the proxy; return it and the seconds until it was ready."""
         started_at = time.monotonic()
-        proxy = start_proxy(self.world.node, self.manifests, self.log, "--rules", self.rules)
+        proxy = start_proxy(self.world.node, None, self.log, *self.origin.arguments, "--rules", self.rules)
         return proxy, time.monotonic() - started_at
 
-    def wait_for(self, services: int, pod: str) -> float:
-        """Return the seconds until *pod* answers for the last Service."""
+    def wait_for(self, services: int, pod: str) -> None:
+        """Wait until *pod* answers for the last Service."""
         ip = service_ip(services - 1)
-        return wait_until(
-            lambda: ask(self.world.client, ip, timeout_s=1.0) == pod, f"{pod} does not answer", poll_s=0.001
-        )
+        wait_until(lambda: ask(self.world.client, ip, timeout_s=1.0) == pod, f"{pod} does not answer", poll_s=0.001)
 
     def change_to_traffic_s(self, services: int) -> float:
-        """Return the median time from a change of the last Service's file to an answer of the new endpoint."""
+        """Return the median time from a change of the last Service to an answer of the new endpoint."""
         took = []
         for turn in range(_CHANGES):
             pod = (turn + 1) % 2
-            self.write_last(services, pod)
-            took.append(self.wait_for(services, f"pod{pod + 1}"))
+            started_at = time.monotonic()
+            self.origin.write_last(services, pod)
+            self.wait_for(services, f"pod{pod + 1}")
+            took.append(time.monotonic() - started_at)
         return statistics.median(took)
 
     def scale(self, services: int) -> dict[str, float]:
-        self.write(services)
+        self.origin.write(services)
         proxy, ready_s = self.start()
         self.wait_for(services, "pod1")
         workers = children(proxy.pid)
         result = {
             "services": services,
-            "manifest_files": self.files,
-            "manifest_mb": round(sum(file.stat().st_size for file in self.manifests.iterdir()) / 1e6, 1),
+            **self.origin.figures(),
             "ready_s": round(ready_s, 2),
             "control_cpu_s": round(process_cpu_s([proxy.pid]), 2),
             "worker_cpu_s": round(process_cpu_s(workers), 2),
@@ -167,7 +237,7 @@ class Bench:
         return result
 
     def restart(self, services: int) -> dict[str, float]:
-        self.write(services)
+        self.origin.write(services)
         proxy, _ = self.start()
         proxy.kill()
         proxy.wait(5)
@@ -181,6 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--services", type=int, default=10_000)
     parser.add_argument("--files", type=int, default=2, help="manifest files; of several, one is changed")
+    parser.add_argument("--origin", choices=["files", "api", "both"], default="both", help="where the Services are")
     parser.add_argument("--rules", choices=["nftables", "iptables"], default="nftables")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -191,8 +262,13 @@ def main() -> None:
         world = build_service_lab(lab, pods=2)
         for pod in world.pods:
             start_nginx(pod, Path(folder))
-        bench = Bench(world, Path(folder), arguments.rules, arguments.files)
-        results = {"scale": bench.scale(arguments.services), "restart": bench.restart(100)}
+        results = {}
+        if arguments.origin != "api":
+            bench = Bench(world, Path(folder), arguments.rules, Manifests(Path(folder), arguments.files))
+            results = {"files": bench.scale(arguments.services), "restart": bench.restart(100)}
+        if arguments.origin != "files":
+            bench = Bench(world, Path(folder), arguments.rules, ApiObjects(world.node, Path(folder)))
+            results["api"] = bench.scale(arguments.services)
     if arguments.json:
         print(json.dumps(results, indent=2))
         return

@@ -103,8 +103,8 @@ def start_nginx(pod: Host, folder: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def start_proxy(node: Host, manifests: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start ``userspace-proxy run`` on *node* for *manifests*; return it when it is ready.
+def start_proxy(node: Host, manifests: Path | None, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start ``userspace-proxy run`` on *node* for *manifests*, or as *arguments* say; return it when it is ready.
 
     Its state is kept beside *log*, so that no state of another run is used.
 
@@ -112,7 +112,7 @@ def start_proxy(node: Host, manifests: Path, log: Path, *arguments: str) -> subp
         StartError: the proxy ended or is not ready in time; the message has its last log line.
     """
     log.write_text("")
-    command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(manifests)]
+    command = [sys.executable, "-P", "-m", "userspace_proxy", "run", *([str(manifests)] if manifests else [])]
     process = node.start(*command, "--state-dir", str(log.with_name("state")), *arguments, log=log)
     wait_until(
         lambda: "ready:" in log.read_text(),
