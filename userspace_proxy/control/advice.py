@@ -96,10 +96,9 @@ class Advisor:
         """Check the queued documents; return the new findings, and the faults that are fixed."""
         steps = self._steps()
         while True:
-            outcome = await run_in_thread("lint", lambda: _take_slice(steps))
-            if outcome is not None:
+            await asyncio.sleep(_PAUSE_S)  # the change is served first
+            if (outcome := await run_in_thread("lint", lambda: _take_slice(steps))) is not None:
                 return outcome
-            await asyncio.sleep(_PAUSE_S)
 
     def _steps(self) -> Generator[None, None, _Outcome]:
         """Check the queued documents, one after another."""
