@@ -220,7 +220,7 @@ class Settings:
     conntrack_udp_timeout_stream_s: float = _setting(Group.CONNTRACK, "--conntrack-udp-timeout-stream", 0.0, DURATION,
         "Expiry of UDP flows with replies", field="conntrack.udpStreamTimeout")
 
-    # Endpoint changes load no rules and wait 5 ms at most.
+    # Endpoint changes load no rules and wait 2 ms.
     min_sync_period_s: float = _setting(Group.SYNC, "--min-sync-period", 0.05, DURATION,
         "Minimum time between two rule loads", field=_in_sections("minSyncPeriod", MODES))
     sync_period_s: float = _setting(Group.SYNC, "--sync-period", 30.0, DURATION,

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-GATHER_S = 0.005
+# The changes of one moment are synced together. Files are gathered by their source, and wait for longer.
+GATHER_S = 0.002
 _RETRY_S = 0.25
 # Bounds the exponent: a night of failures would otherwise overflow a float.
 _DOUBLINGS_MAX = 32
