@@ -403,8 +403,7 @@ class History:
             check(len(plane._datagrams) == 0, "UDP flows are left")
             for destination in plane._datagrams._destinations.values():
                 used = sum(ports.used for ports in destination.ports.values())
-                in_advance = len(destination.stock)  # sockets that no flow has used yet; while it serves
-                check(used == in_advance and not destination.clients, "UDP ports are left", used, in_advance)
+                check(used == 0 and not destination.clients, "UDP ports are left", used)
         sent = sum(client.sent for client in self.world.udp_clients.values())
         forwarded = len(self.world.forwarded)
         check(forwarded + udp.datagrams_dropped == sent, "datagrams are lost", forwarded, udp.datagrams_dropped, sent)

@@ -6,13 +6,11 @@ of a proxy port in one call.
 
 A flow's socket is bound to a local port chosen here (`local_ports.py`) and stays connected to one endpoint. If a flow
 is evicted for another flow to the same endpoint, and has been silent for as long as a port rests, its socket is reused.
-While many flows begin, sockets are opened in advance, several in a row, because each then costs much less.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import math
@@ -47,11 +45,6 @@ _MEMORY_BYTES = 4
 _NO_MEMORY = bytes(_MEMORY_BYTES)
 # Attempts to bind; other programs may hold some of the ports.
 _TRIES = 16
-# Sockets opened in advance for an endpoint, at most; how long they wait for a flow; how soon the flows have to have
-# used them for more to be opened.
-_STOCK = 8
-_STOCK_S = 5.0
-_SOON_S = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +58,7 @@ class Destination:
     evicted; otherwise one of the client with the most flows.
     """
 
-    __slots__ = ("_biggest", "_flows", "clients", "opened_at", "ports", "stock", "stock_size")
+    __slots__ = ("_biggest", "_flows", "clients", "ports")
 
     def __init__(self) -> None:
         self.ports: dict[str, LocalPorts] = {}  # by source address of the flows
@@ -73,9 +66,6 @@ class Destination:
         self.clients: dict[bytes, OrderedDict[UdpFlow, None]] = {}
         self._flows = 0
         self._biggest: OrderedDict[UdpFlow, None] = OrderedDict()  # of the client with most flows
-        self.stock: list[Leased] = []  # connected sockets for flows to come
-        self.stock_size = 0
-        self.opened_at = -math.inf  # when a flow found no socket in the stock
 
     def join(self, flow: UdpFlow, client: bytes) -> None:
         flows = self.clients.get(client)
@@ -186,7 +176,6 @@ class DatagramPoller:
         self._fronts: dict[int, UdpListener] = {}
         self.proxy_ports: set[int] = set()
         self._flows: dict[int, UdpFlow] = {}
-        self._stocked: dict[int, Leased] = {}  # those in the stocks of all destinations
         self.spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SPARE_PART
         self._rest_s = max(port_rest_s, _REST_MIN_S)
         self._ports = local_ports(share)
@@ -215,19 +204,12 @@ class DatagramPoller:
         if self._fronts.pop(front.fd, None) is not None:
             self._epoll.unregister(front.fd)
             self.proxy_ports.discard(front.spec.proxy_port)
-            if not self._fronts:  # another process may choose the same ports from now on
-                self._drop(*self._stocked.values())
 
     # ---- sockets of flows
 
     def __len__(self) -> int:
         """Return the number of flows."""
         return len(self._flows)
-
-    @property
-    def descriptors(self) -> int:
-        """The number of sockets towards endpoints."""
-        return len(self._flows) + len(self._stocked)
 
     def towards(self, address: Address) -> Destination:
         """Return the state of the endpoint at *address*."""
@@ -240,15 +222,12 @@ class DatagramPoller:
         self,
         destination: Destination,
         address: Address,
+        client: bytes,
         source: str,
         now: float,
         bind: Callable[[SocketType, int], None] = bind_anywhere,
-        *,
-        has_few: bool,
     ) -> Leased | None:
         """Return an unconnected socket that *bind* bound to a rested port, or None if no port is free.
-
-        *has_few*: it is for a client with few flows.
 
         Raises:
             OSError: no socket could be opened or bound.
@@ -256,6 +235,7 @@ class DatagramPoller:
         ports = destination.ports.get(source)
         if ports is None:
             ports = destination.ports[source] = self._local_ports(source, address)
+        has_few = destination.has_few(client)
         for _ in range(_TRIES):
             port = ports.take(now, has_few=has_few)
             if port is None:
@@ -310,48 +290,6 @@ class DatagramPoller:
         if sock.getsockopt(SOL_SOCKET, _SO_MEMINFO, _MEMORY_BYTES) != _NO_MEMORY:
             _drain(sock)
 
-    def take(self, destination: Destination, now: float) -> Leased | None:
-        """Return a socket that was opened in advance, connected to *destination*, or None if there is none."""
-        if not destination.stock or now - destination.opened_at > _STOCK_S:
-            return None
-        leased = destination.stock.pop()
-        del self._stocked[leased.sock.fileno()]
-        return leased
-
-    def restock(self, destination: Destination, address: Address, now: float) -> None:
-        """Open sockets in advance if flows have used the last ones soon. A flow at *now* has found none.
-
-        The number doubles each time. So at most as many are opened in vain as were used.
-        """
-        since_s, destination.opened_at = now - destination.opened_at, now
-        if since_s > _SOON_S:
-            destination.stock_size = 0
-        elif since_s and not destination.stock:  # once a turn
-            destination.stock_size = min(2 * destination.stock_size or 1, _STOCK)
-            self._loop.call_soon(self._fill, destination, address)  # after the datagram of this flow was sent
-
-    def _fill(self, destination: Destination, address: Address) -> None:
-        now = self._now()
-        with contextlib.suppress(OSError):  # the next flow finds out why
-            while self._fronts and len(destination.stock) < destination.stock_size:
-                leased = self.open(destination, address, "", now, has_few=False)
-                if leased is None:
-                    return
-                destination.stock.append(leased)
-                self._stocked[leased.sock.fileno()] = leased
-                try:
-                    self.connect(leased, address)
-                except OSError:
-                    self._drop(leased)
-                    raise
-
-    def _drop(self, *stocked: Leased) -> None:
-        """Close sockets that were opened in advance."""
-        for leased in stocked:
-            leased.destination.stock.remove(leased)
-            del self._stocked[leased.sock.fileno()]
-            self.close(leased, self._now())
-
     def begin(self, flow: UdpFlow, client: bytes) -> None:
         """Forward the replies that arrive at *flow* of *client*."""
         self._flows[flow.sock.fileno()] = flow
@@ -380,8 +318,7 @@ class DatagramPoller:
         leased.destination.ports[leased.source].rest(leased.port, last_at + self._rest_s)
 
     def expire(self, now: float) -> None:
-        """Drop the state of endpoints whose ports have all rested, and sockets that were opened in vain."""
-        self._drop(*(s for s in self._stocked.values() if now - s.destination.opened_at > _STOCK_S))
+        """Drop the state of endpoints whose ports have all rested."""
         if now - self._pruned_at < self._rest_s:
             return
         self._pruned_at = now
@@ -424,8 +361,6 @@ class DatagramPoller:
         count = 0
         for fd, _ in ready:
             if (flow := flows.get(fd)) is None:
-                if (stocked := self._stocked.get(fd)) is not None:
-                    self._drop(stocked)  # a very late reply to an earlier flow
                 continue
             if flow.front is not front or count == MESSAGES:
                 if front is not None:
@@ -456,8 +391,7 @@ class DatagramPoller:
             front.not_sent(refused)
 
     def stop(self) -> None:
-        """Close the epoll and the sockets that no flow has used."""
-        self._drop(*self._stocked.values())
+        """Close the epoll."""
         if not self._epoll.closed:
             self._loop.remove_reader(self._epoll.fileno())
             self._epoll.close()

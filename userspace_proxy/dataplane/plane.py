@@ -95,7 +95,7 @@ class LocalPlane(HandoverPlane):
         self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
 
     def _descriptors_used(self) -> int:
-        return len(self.listeners) + self._datagrams.descriptors + self._pipes.descriptors
+        return len(self.listeners) + len(self._datagrams) + self._pipes.descriptors
 
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
         refused: dict[ListenerName, str] = {}

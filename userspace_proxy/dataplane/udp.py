@@ -180,14 +180,12 @@ class UdpListener(BaseListener):
         if transparent is not None and transparent.concerns(client_ip, address[0]):
             source, bind = client_ip, lambda sock, port: transparent.speak_as(sock, client_ip, port)
         is_full = len(self._flows) >= self.context.limits.udp_flows_per_service
-        if not source and not is_full and (stocked := datagrams.take(destination, now)) is not None:
-            return stocked
         if is_full or not self.context.connections.fits(1 + datagrams.spare):
             left = self._evict_at_limit(destination, client, source, by_asking=not is_full)
             if left is not None:
                 return left
         try:
-            leased = datagrams.open(destination, address, source, now, bind, has_few=destination.has_few(client))
+            leased = datagrams.open(destination, address, client, source, now, bind)
         except OSError as error:
             if not source:
                 self.context.connections.note_shortage(error)
@@ -206,8 +204,6 @@ class UdpListener(BaseListener):
         except OSError:
             datagrams.close(leased, now)
             raise
-        if not source and self.context.connections.fits(2 * datagrams.spare):
-            datagrams.restock(destination, address, now)
         return leased
 
     def _is_proxy_port(self, address: Address) -> bool:
