@@ -224,14 +224,14 @@ class Dial:
             self._note_failure(pick, code)
             return False
         pick.counters.dialling += 1
-        if self._open:
-            context.connections.races += 1
-        self._open[sock] = pick
         if self._tried is None:
             context.deadlines[RACE].add(self)
         else:
             self._tried[address] = True
             self._wait()
+            if self._open:
+                context.connections.races += 1
+        self._open[sock] = pick
         return True
 
     # ---- results of a dial
@@ -274,8 +274,8 @@ class Dial:
         else:
             self._clear_deadlines()
             self._proving = None
-        if len(self._open) > 1:
-            self._end_race(sock)
+            if len(self._open) > 1:
+                self._end_race(sock)
         del self._open[sock]
         pick.counters.dialling -= 1
         listener, endpoint = self._listener, pick.endpoint
