@@ -49,11 +49,11 @@ _CERTAIN_STATES = ("answer", "refuse", "unreachable")
 _CONNECTIONS = 20, 24
 _ARRIVALS_S = 6.0
 # Histories in which endpoints are probed: their part, how many endpoints they have, and how much longer they last.
-_PROBING_PART = 0.1
+_PROBING_PART = 0.08
 _PROBED_MAX = 5
 _PROBED_S = 2.0
 # The part of the histories whose data plane is in a worker process, and the part of these whose worker is replaced.
-_WORKER_PART = 0.12
+_WORKER_PART = 0.1
 _REPLACED_PART = 0.3
 # Shorter than a client may wait for a descriptor, for all shortages of a history together.
 _SHORT_MAX_S = 9.0
@@ -105,7 +105,7 @@ class History:
         is_calm = self.kind == "calm"
         self.states = _STATES if draw.random() < 0.6 else _CERTAIN_STATES
         has_steady = is_calm or (self.kind != "slow" and draw.random() < 0.8)
-        self.hands_over = self.kind in ("calm", "slow", "faults") and draw.random() < 0.2
+        self.hands_over = self.kind in ("calm", "slow", "faults") and draw.random() < 0.17
         self.has_worker = self.hands_over or draw.random() < _WORKER_PART
         may_replace = self.has_worker and not self.hands_over and self.kind != "shortage"  # it would find no room
         self.replaces = may_replace and draw.random() < _REPLACED_PART
