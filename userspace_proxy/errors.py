@@ -32,5 +32,9 @@ class SyncError(Exception):
     """The kernel or a tool refused a change. The previous state stays in force."""
 
 
+class NotRunError(SyncError):
+    """A tool could not be started, or did not end in time. This says nothing about the change."""
+
+
 class StartError(Exception):
     """The proxy cannot start here (missing privilege, port in use, another instance). Shown as one line on stderr."""

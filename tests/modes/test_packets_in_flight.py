@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import re
 import socket
 import struct
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import replace
 
 import pytest
 
-from tests.modes.redirect_cases import EVERYTHING, name
+from tests.modes.redirect_cases import EVERYTHING, TCP, name, redirects
 from tests.modes.slots.test_slot_table import FACTS, slot_tables, translation
 from userspace_proxy.errors import SyncError
+from userspace_proxy.host import tool
 from userspace_proxy.lab import Host
 from userspace_proxy.model.endpoint import Endpoint
-from userspace_proxy.model.service import ServicePort
+from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.redirects import DROPPED
+from userspace_proxy.model.routes import Sender
+from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.modes.element_tables import ElementTables
-from userspace_proxy.modes.kernel_rules import RuleUpdate
+from userspace_proxy.modes.kernel_rules import RuleUpdate, Translation
 from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.modes.userspace import nft
 from userspace_proxy.modes.userspace.loader import NftKernel
@@ -116,20 +124,93 @@ async def test_a_load_that_ended_before_its_elements_came_costs_no_packet_when_t
     assert errors == []
 
 
-async def test_a_restarted_process_keeps_the_table_in_which_packets_are(host: Host) -> None:
-    def handle(table: str) -> str:
-        listed = host.run("nft", "-a", "list", "table", *table.split()).stdout
-        found = re.search(rf"table {table} {{ # handle (\d+)", listed)
-        assert found, table
-        return found[1]
+def handle_of(table: str, host: Host) -> str:
+    """Return the number of *table*: another table of the same name has another one."""
+    listed = host.run("nft", "-a", "list", "table", *table.split()).stdout
+    found = re.search(rf"table {table} {{ # handle (\d+)", listed)
+    assert found, table
+    return found[1]
 
+
+async def test_a_restarted_process_keeps_the_table_in_which_packets_are(host: Host) -> None:
     handles = []
     with host.inside():
         for _ in range(2):
             for rules, update in ((NftKernel(), EVERYTHING.update()), (slot_tables(), UPDATE)):
                 await rules.load(update)
                 rules.unwatch()
-            handles.append([handle(table) for table in (nft.TABLE, SlotTable.name)])
+            handles.append([handle_of(table, host) for table in (nft.TABLE, SlotTable.name)])
         host.run("nft", f"delete table {nft.TABLE}; delete table {SlotTable.name}")
 
     assert handles[0] == handles[1]
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_a_sender_with_a_route_of_its_own_is_served_while_a_whole_load_ends_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch, *, is_restarted: bool
+) -> None:
+    served = list[str]()
+    by_everybody = redirects((*PORTAL, name("shop/web"), 10_001))
+    portal = Portal(*PORTAL, TCP)
+    by_node = replace(by_everybody, ports={portal: DROPPED}, exceptions={Sender.NODE: {portal: 10_001}})
+    replace_elements = ElementTables._replace_elements
+
+    def dialled(self: ElementTables, to: Mapping[ServicePortName, Translation], needs: Set[str]) -> None:
+        for _ in range(2):
+            with socket.create_connection(PORTAL, 0.9) as sock:
+                served.append(sock.recv(6).decode())
+            replace_elements(self, to, needs)
+
+    kernel = NftKernel()
+    host.run("ip", "address", "add", f"{ENDPOINT[0]}/32", "dev", "lo")
+    host.run("ip", "route", "add", "10.96.0.0/16", "dev", "lo")
+    with host.inside(), socket.create_server(("", 10_001)) as server:
+        await kernel.load(by_node.update())
+        if is_restarted:
+            kernel.unwatch()
+            kernel = NftKernel()
+        kernel._watch.is_touched = True
+        answering = threading.Thread(target=_answer, args=(server, 2), daemon=True)
+        answering.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(ElementTables, "_replace_elements", dialled)
+            await kernel.load(by_everybody.update(None if is_restarted else by_node))
+        answering.join(20)
+        is_intact = await kernel.is_intact()
+        await kernel.remove()
+    host.run("ip", "route", "del", "10.96.0.0/16", "dev", "lo")
+    host.run("ip", "address", "del", f"{ENDPOINT[0]}/32", "dev", "lo")
+
+    assert served == ["hello\n"] * 2
+    assert is_intact
+
+
+def _answer(server: socket.socket, times: int) -> None:
+    for _ in range(times):
+        with server.accept()[0] as client:
+            client.sendall(b"hello\n")
+
+
+async def test_a_table_in_force_is_not_replaced_because_nft_could_not_be_started(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, failures = tool._run, list[str]()
+
+    def run_later(command: list[str], stdin: bytes) -> subprocess.CompletedProcess[bytes]:
+        if not failures:
+            failures.append(command[0])
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return run(command, stdin)
+
+    with host.inside():
+        for rules, update in ((NftKernel(), EVERYTHING.update()), (slot_tables(), UPDATE)):
+            table = rules.table.name
+            await rules.load(update)
+            before = handle_of(table, host)
+            failures.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(tool, "_run", run_later)
+                await rules.reload()
+            assert failures
+            assert handle_of(table, host) == before
+            await rules.remove()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from userspace_proxy import absolute_entries
-from userspace_proxy.errors import SyncError
+from userspace_proxy.errors import NotRunError, SyncError
 
 _PACKAGE = {
     "nft": "nftables",
@@ -55,9 +55,9 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
         # In a thread: uvloop's own subprocesses raise when a tool ends before it has read its input.
         done = await in_thread(_run, [path, *arguments], stdin.encode())
     except (OSError, RuntimeError) as error:  # out of descriptors, memory or threads
-        raise SyncError(f"{tool} could not be started: {error}") from error
+        raise NotRunError(f"{tool} could not be started: {error}") from error
     except subprocess.TimeoutExpired:
-        raise SyncError(f"{tool} has not answered for {_TIMEOUT_S:.0f} s") from None
+        raise NotRunError(f"{tool} has not answered for {_TIMEOUT_S:.0f} s") from None
     if done.returncode:
         raise SyncError(f"{tool} exited {done.returncode}: {_reason(done.stderr.decode(errors='replace'))}")
     return done.stdout.decode(errors="replace")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Set
 
 from prometheus_client.core import Metric
 
-from userspace_proxy.errors import SyncError
+from userspace_proxy.errors import NotRunError, SyncError
 from userspace_proxy.host.tool import in_thread, is_installed, load_nft
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
@@ -44,7 +44,7 @@ class ElementTables(NftRules):
         self._socket = NftSocket()
         self._uses = _Uses(Counter)
         self._facts: NodeFacts | None = None  # None: the content of the kernel's table is unknown
-        self._needs: frozenset[str] = frozenset()
+        self._needs = table.may_need  # of the elements in the kernel
         self._is_loading = False
 
     def rules(self, translations: Mapping[ServicePortName, Translation], facts: NodeFacts) -> Rules:
@@ -82,12 +82,19 @@ class ElementTables(NftRules):
         with self._loads.of(everything=True):
             try:
                 await self._remove_unfinished()
-                await load_nft(self.table.skeleton(facts, needs, is_there=True))
+                self._needs |= needs  # the former elements stay for a moment, with the rules that they need
+                await load_nft(self.table.skeleton(facts, self._needs, is_there=True))
+            except NotRunError:
+                raise
             except SyncError as error:
                 log.debug("the kernel has no table that can be changed into ours (%s); creating it", error)
+                self._needs = needs
                 await load_nft(removal(self.table.name) + self.table.skeleton(facts, needs, is_there=False))
-            await in_thread(self._replace_elements, translations, needs)
-            await load_nft(f"table {self.table.name}\n")  # no longer dormant
+            await in_thread(self._replace_elements, translations, self._needs)
+            if self._needs != needs:
+                await load_nft(self.table.skeleton(facts, needs, is_there=True))
+            else:
+                await load_nft(f"table {self.table.name}\n")  # no longer dormant
         for name, before in self._held.items():
             if (after := translations.get(name)) is not before:
                 self.table.forget(before, after)

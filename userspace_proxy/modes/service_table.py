@@ -18,12 +18,14 @@ from userspace_proxy.netfilter.sets import Elements, SetKind, packed_portal, pac
 class ServiceTable(ABC):
     """One nftables table. ``name``: its family and name. ``kinds``: its sets and maps, except those that few need.
 
-    Some service ports need more sets or rules than others. *needs* names all that are needed.
+    Some service ports need more sets or rules than others. *needs* names all that are needed. ``may_need``: those that
+    the elements of an unknown process may need.
     """
 
     name: str
     kinds: dict[str, SetKind]
     filled_by_kernel: tuple[Block, ...] = ()  # maps whose elements rules add
+    may_need: frozenset[str] = frozenset()
 
     @abstractmethod
     def needs(self, translation: Translation) -> Set[str]:

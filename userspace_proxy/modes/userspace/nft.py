@@ -39,6 +39,7 @@ class RedirectTable(ServiceTable):
     """Redirects packets to portals to our proxy ports. *needs* has senders' suffixes, and "restricted"."""
 
     name = TABLE
+    may_need = frozenset((*SENDERS.values(), _RESTRICTED))
 
     def __init__(self) -> None:
         self.kinds = {name: kind for family in FAMILIES for name, kind in _kinds(family)}
