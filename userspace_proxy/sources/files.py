@@ -47,6 +47,9 @@ from userspace_proxy.sources.paths import (
 _LOOK_AGAIN_S = 1.0
 # A file that lost all its content counts as empty after this time; its writer may truncate it first, and fill it then.
 _EMPTY_S = 0.5
+# A file that was read this soon after its last change is read again by the next look: another change within one tick of
+# the kernel's clock, or within the coarser time stamps of some file systems, leaves its stat values the same.
+_SAME_TIME_NS = 1_000_000_000
 # The share of a core that is spent on looking at all files again.
 _LOOK_AGAIN_SHARE = 0.004
 _BATCH = 2_000
@@ -85,6 +88,10 @@ class _File:
     seen: tuple[int, ...] = ()
     parts: list[_Part] = field(default_factory=list)
     emptied_at: float | None = None  # when it was found empty that had content
+
+    @property
+    def text(self) -> str:
+        return "".join(part.document.text for part in self.parts)
 
     @property
     def problems(self) -> list[Problem]:
@@ -187,6 +194,7 @@ class FileSource:
             while self._names:
                 await self._watch_folders(changed)
         except (OSError, RuntimeError) as error:
+            self._folder_watch = None
             reason = error.strerror if isinstance(error, OSError) else error
             log.warning("files cannot be watched (%s), they are looked at once a second", reason)
         while True:
@@ -199,7 +207,7 @@ class FileSource:
         identities = set(map(identity, self._names))
         looked_at = time.monotonic()
         is_made_anew = False
-        with FolderWatch(self._names, self._concerns) as self._folder_watch:
+        with FolderWatch(self._names, self._concerns, self._folder_watch) as self._folder_watch:
             while not is_made_anew:
                 for file in await self._folder_watch.changes(_LOOK_AGAIN_S):
                     self._touch(file)
@@ -328,6 +336,7 @@ class FileSource:
         seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev)
         if held is not None and held.seen == seen:
             return None
+        may_change_unseen = abs(time.time_ns() - stat.st_mtime_ns) < _SAME_TIME_NS
         watch = self._folder_watch
         text = read(path) if watch is None else watch.read(path, (stat.st_dev, stat.st_ino))
         if text is None:
@@ -338,13 +347,13 @@ class FileSource:
             if time.monotonic() - file.emptied_at < _EMPTY_S:
                 self._emptied.add(path)
                 return None
-        file.seen, file.emptied_at = seen, None
+        file.seen, file.emptied_at = () if may_change_unseen else seen, None
         self._emptied.discard(path)
-        return text
+        return None if file.parts and text == file.text else text
 
     def _take(self, file: _File, path: str, text: str, change: _Change) -> None:
         """Parse the changed part of *text*; unchanged documents at the start and the end are kept."""
-        old, old_text = file.parts, "".join(part.document.text for part in file.parts)
+        old, old_text = file.parts, file.text
         # A document is unchanged only if the separator after it is, too. A document with problems is parsed again.
         same = _common_start(old_text, text) - len("--- ")
         head = 0
