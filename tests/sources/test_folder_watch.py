@@ -90,6 +90,73 @@ async def test_a_writer_of_a_file_that_was_replaced_disturbs_nobody(watch: Folde
         assert read(watch, file) == "new"
 
 
+async def test_a_text_is_dropped_if_another_file_took_its_place_meanwhile(
+    watch: FolderWatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.yaml"
+
+    def read_half_of_another(path: str) -> str:
+        file.rename(tmp_path / "old")
+        with file.open("w") as writing:
+            writing.write("half")
+            writing.flush()
+            half = Path(path).read_text()
+            writing.write(" rest")
+        return half
+
+    file.write_text("old")
+    assert await names(watch) == {"a.yaml"}
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_watch, "read", read_half_of_another)
+        assert read(watch, file) is None
+
+    assert await names(watch) == {"a.yaml"}
+    assert read(watch, file) == "half rest"
+
+
+async def test_a_file_that_is_linked_with_its_content_is_reported_though_it_is_never_closed(
+    watch: FolderWatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_watch, "_LINKED_S", 0.0)
+    (tmp_path / "new").write_text("text")
+    (tmp_path / "a.yaml").hardlink_to(tmp_path / "new")
+    (tmp_path / "new").unlink()
+
+    assert await names(watch) == {"a.yaml"}
+    assert read(watch, tmp_path / "a.yaml") == "text"
+
+
+async def test_a_writer_whose_file_is_deleted_delays_no_later_file_of_the_same_inode(
+    watch: FolderWatch, tmp_path: Path
+) -> None:
+    file, link, later = tmp_path / "a.yaml", tmp_path / "link", tmp_path / "b.yaml"
+    with file.open("w", buffering=1) as writing:
+        writing.write("text\n")
+        assert read(watch, file) is None
+        link.hardlink_to(file)
+        file.unlink()
+        assert await names(watch) == {"a.yaml"}
+    link.rename(later)
+
+    assert await names(watch) == {"b.yaml"}
+    assert read(watch, later) == "text\n"
+
+
+async def test_a_writer_that_began_before_its_folder_was_watched_anew_is_waited_for(
+    watch: FolderWatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.yaml"
+    with file.open("w", buffering=1) as writing:
+        writing.write("half\n")
+        assert read(watch, file) is None
+        with FolderWatch([str(tmp_path)], lambda _: True, watch) as later:
+            assert read(later, file) is None
+            writing.close()
+
+            assert await names(later) == {"a.yaml"}
+            assert read(later, file) == "half\n"
+
+
 async def test_both_names_of_a_renamed_file_are_reported_together(watch: FolderWatch, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").touch()
     assert await names(watch) == {"a.yaml"}

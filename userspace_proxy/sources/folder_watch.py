@@ -20,6 +20,7 @@ from typing import NamedTuple, Self
 
 from inotify_simple import Event, INotify, flags
 
+from userspace_proxy.sources import paths
 from userspace_proxy.sources.paths import read
 
 # A change waits this long for more of its writer: a new name, other permissions.
@@ -33,6 +34,8 @@ _GATHER_MAX_S = 0.1
 _REST_S = 0.008
 # A writer that keeps its file open counts as done if it does not write for the first time, or after the second one.
 _UNCLOSED_S, _UNCLOSED_MAX_S = 5.0, 60.0
+# A new file that has content, but was not written for this time, is a link to a whole one: nothing will be closed.
+_LINKED_S = 1.0
 
 _GONE = flags.DELETE | flags.MOVED_FROM
 _ENDED = flags.CLOSE_WRITE | flags.MOVED_TO | flags.ATTRIB
@@ -54,23 +57,30 @@ class ChangedFile(NamedTuple):
 
 
 class _Writer(NamedTuple):
-    """A writer that has not closed its *file*: when its first and its latest write were seen."""
+    """A writer that has not closed its *file*: when its first and its latest write were seen.
+
+    Without *has_written*, the file was created only.
+    """
 
     file: ChangedFile
     since: float
     latest: float
+    has_written: bool
 
 
 class FolderWatch:
     """Watches *folders* for changes of files that *concerns* returns true for.
 
-    `read` may be called in another thread, one call at a time; the rest in that of the event loop.
+    `read` may be called in another thread, one call at a time; the rest in that of the event loop. *before*: an earlier
+    watch, whose writers may still be at work.
 
     Raises:
         OSError: the kernel watches no more folders. Folders that are missing or cannot be read are left out.
     """
 
-    def __init__(self, folders: Iterable[str], concerns: Callable[[ChangedFile], bool]) -> None:
+    def __init__(
+        self, folders: Iterable[str], concerns: Callable[[ChangedFile], bool], before: FolderWatch | None = None
+    ) -> None:
         self._concerns = concerns
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
@@ -79,7 +89,7 @@ class FolderWatch:
         self._first_at = self._latest_at = 0.0  # when these changes came
         self._read_now: Identity | None = None
         self._is_torn = False  # it was written meanwhile
-        self._writers: dict[Identity, _Writer] = {}
+        self.writers: dict[Identity, _Writer] = dict(before.writers) if before else {}
         self._folders: dict[int, str] = {}
         try:
             self._inotify = INotify(nonblocking=True)
@@ -112,14 +122,14 @@ class FolderWatch:
         """
         with self._lock:
             self._take_new_events()
-            if identity in self._writers:
+            if identity in self.writers:
                 return None
             self._read_now, self._is_torn = identity, False
         text = read(path)
         with self._lock:
             self._take_new_events()
             self._read_now = None
-            return None if self._is_torn else text
+            return None if self._is_torn or paths.identity(path) != identity else text
 
     def _take_new_events(self) -> None:
         """Take the queued events, in any thread."""
@@ -153,32 +163,37 @@ class FolderWatch:
         for event in events:
             file = ChangedFile(self._folders.get(event.wd, ""), event.name)
             if not event.name:
+                self._is_torn |= bool(event.mask & flags.Q_OVERFLOW)
                 self._note(file, now, now)
             elif self._concerns(file):
                 self._take(event, file, now)
         return bool(events)
 
     def _take(self, event: Event, file: ChangedFile, now: float) -> None:
-        # 1. Deleted, moved away, or no longer there: an editor may write it anew.
+        # 1. Deleted, moved away, or no longer there: an editor may write it anew. The close of a deleted file is not
+        #    reported (IN_EXCL_UNLINK), and another file may get its inode.
         # 2. Created or written: wait for the close. A link and a folder are whole when they are created.
         # 3. Renamed, or new permissions, while it is being written: as before, under its present name.
         # 4. Closed by its writer, moved here (what was written under this name was another file), new permissions: it
         #    can be read.
         found = _lstat(file)
+        if event.mask & flags.DELETE:
+            self.writers = {identity: writer for identity, writer in self.writers.items() if writer.file != file}
         if found is None or event.mask & _GONE:
             self._note(file, now, now + _GONE_S)
             return
         identity = found.st_dev, found.st_ino
         self._is_torn |= identity == self._read_now
-        writer = self._writers.get(identity)
+        writer = self.writers.get(identity)
         is_new_file = event.mask & flags.CREATE and stat.S_ISREG(found.st_mode) and found.st_nlink == 1
         if event.mask & flags.MODIFY or is_new_file:
-            self._writers[identity] = _Writer(file, writer.since if writer else now, now)
+            has_written = bool(event.mask & flags.MODIFY)
+            self.writers[identity] = _Writer(file, writer.since if writer else now, now, has_written)
             self._changed.pop(file, None)
         elif writer and (event.mask & flags.ATTRIB or (event.mask & flags.MOVED_TO and writer.file != file)):
-            self._writers[identity] = writer._replace(file=file)
+            self.writers[identity] = writer._replace(file=file)
         else:
-            self._writers.pop(identity, None)
+            self.writers.pop(identity, None)
             self._note(file, now, now)
 
     def _note(self, file: ChangedFile, now: float, waits_until: float) -> None:
@@ -195,13 +210,22 @@ class FolderWatch:
         return min(due_at, self._first_at + _GATHER_MAX_S)
 
     def _hand_over(self, now: float) -> list[ChangedFile]:
-        for identity, writer in list(self._writers.items()):
-            if now - writer.latest >= _UNCLOSED_S or now - writer.since >= _UNCLOSED_MAX_S:
-                del self._writers[identity]
+        for identity, writer in list(self.writers.items()):
+            is_unclosed = now - writer.latest >= _UNCLOSED_S or now - writer.since >= _UNCLOSED_MAX_S
+            if is_unclosed or _is_linked(writer, now):
+                del self.writers[identity]
                 self._note(writer.file, now, now)
         changed = list(self._changed)
         self._changed.clear()
         return changed
+
+
+def _is_linked(writer: _Writer, now: float) -> bool:
+    """Return whether the file of *writer* was linked with its content: ``linkat`` of O_TMPFILE, or `ln` and `rm`."""
+    if writer.has_written or now - writer.latest < _LINKED_S:
+        return False
+    found = _lstat(writer.file)
+    return found is not None and found.st_size > 0
 
 
 def _lstat(file: ChangedFile) -> os.stat_result | None:
