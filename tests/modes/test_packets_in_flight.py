@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import socket
@@ -214,3 +215,38 @@ async def test_a_table_in_force_is_not_replaced_because_nft_could_not_be_started
             assert failures
             assert handle_of(table, host) == before
             await rules.remove()
+
+
+@pytest.mark.parametrize("mode", ["userspace", "nftables"])
+async def test_a_table_in_force_with_sets_of_other_types_is_replaced_in_one_step(
+    host: Host, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    rules, update = (NftKernel(), EVERYTHING.update()) if mode == "userspace" else (slot_tables(), UPDATE)
+    table, seen = rules.table.name, list[tuple[bool, dict[str, list[str]]]]()
+    replace_elements = ElementTables._replace_elements
+
+    def look(self: ElementTables, to: Mapping[ServicePortName, Translation], needs: Set[str]) -> None:
+        seen.append((is_dormant(table), _elements(host, table)))
+        replace_elements(self, to, needs)
+        seen.append((is_dormant(table), _elements(host, table)))
+
+    other = " ".join(f"set {each} {{ type mark; }};" for each in rules.table.kinds)
+    with host.inside():
+        host.run("nft", f"table {table} {{ {other} chain c {{ accept; }}; }}")
+        with monkeypatch.context() as patch:
+            patch.setattr(ElementTables, "_replace_elements", look)
+            await rules.load(update)
+        is_intact = await rules.is_intact()
+        await rules.remove()
+
+    before, after = seen
+    assert before == after == (False, before[1])
+    assert before[1]
+    assert is_intact
+
+
+def _elements(host: Host, table: str) -> dict[str, list[str]]:
+    """Return the elements of each set and map of *table* that has any, sorted."""
+    listed = json.loads(host.run("nft", "--json", "list", "table", *table.split()).stdout)["nftables"]
+    sets = [item[kind] for item in listed for kind in ("set", "map") if kind in item]
+    return {each["name"]: sorted(map(json.dumps, each["elem"])) for each in sets if each.get("elem")}

@@ -89,7 +89,7 @@ class ElementTables(NftRules):
             except SyncError as error:
                 log.debug("the kernel has no table that can be changed into ours (%s); creating it", error)
                 self._needs = needs
-                await load_nft(removal(self.table.name) + self.table.skeleton(facts, needs, is_there=False))
+                await load_nft(removal(self.table.name) + await in_thread(self._creation, translations, facts, needs))
             await in_thread(self._replace_elements, translations, self._needs)
             if self._needs != needs:
                 await load_nft(self.table.skeleton(facts, needs, is_there=True))
@@ -107,6 +107,16 @@ class ElementTables(NftRules):
         with contextlib.suppress(OSError):  # what the kernel refuses now, it refuses at the load
             if is_dormant(self.table.name):
                 await load_nft(removal(self.table.name))
+
+    def _creation(self, translations: Mapping[ServicePortName, Translation], facts: NodeFacts, needs: Set[str]) -> str:
+        """Return the script of a new table: with all elements, if it replaces one in force.
+
+        nft needs long for many elements, but there would be no rules until these come by netlink.
+        """
+        with contextlib.suppress(OSError):
+            if self._count():
+                return self.rules(translations, facts).text()
+        return self.table.skeleton(facts, needs, is_there=False)
 
     def _replace_elements(self, translations: Mapping[ServicePortName, Translation], needs: Set[str]) -> None:
         changes = _Changes(self.table, _Uses(Counter))
