@@ -47,6 +47,7 @@ def test_saving_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) 
         b'{"clusterIps": {"default/web/IPv4": "somewhere"}}',
         b'{"clusterIps": {"default/web/IPv4": 7}}',
         b'{"loadBalancerIps": {"default/web/load-balancer/IPv4": "somewhere"}}',
+        b'{"loadBalancerIps": {"default/web/load-balancer/IPv6": "fd00::9%eth0"}}',
         b'{"nodePorts": {"default/web/TCP": "30080"}}',
         b'{"proxyPorts": {"default/web:/TCP": "12345"}}',
         b'{"proxyPorts": {"default/web:/TCP": 1.5}}',

@@ -1,6 +1,5 @@
 """Allocations that survive a restart, in one small file."""
 
-import ipaddress
 import logging
 import os
 import threading
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from userspace_proxy.control.pools import address_of
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.sources.paths import read, replace_file
 
@@ -49,7 +49,7 @@ class StateDir:
         try:
             memory = msgspec.json.decode(read(str(self._file)), type=SavedAllocations)
             for ip in (*memory.cluster_ips.values(), *memory.load_balancer_ips.values()):
-                ipaddress.ip_address(ip)
+                address_of(ip)
         except FileNotFoundError:
             return SavedAllocations()
         except (OSError, ConfigError, msgspec.DecodeError, ValueError) as error:
