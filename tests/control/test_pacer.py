@@ -37,6 +37,17 @@ def test_a_sync_that_loaded_no_rules_does_not_delay_the_next_one(clock: FakeCloc
     assert pacer.delay_s() == GATHER_S
 
 
+def test_syncs_that_load_no_rules_take_a_fifth_of_the_time_at_most(clock: FakeClock) -> None:
+    pacer = Pacer(clock, min_period_s=0.05, max_retry_s=30)
+    pacer.note_end(succeeded=True, has_loaded=False, took_s=0.005)
+
+    assert pacer.delay_s() == pytest.approx(0.02)
+
+    pacer.note_end(succeeded=True, has_loaded=False, took_s=2.0)
+
+    assert pacer.delay_s() == pytest.approx(0.05)
+
+
 def test_a_change_long_after_the_last_sync_goes_at_once(clock: FakeClock) -> None:
     pacer = Pacer(clock, min_period_s=10, max_retry_s=30)
     pacer.note_end(succeeded=True)

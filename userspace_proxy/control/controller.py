@@ -156,7 +156,9 @@ class Controller:
                 log.exception("a bug: a sync failed; the previous state stays in force")
             self._note_failure(repr(error), triggers)
             return
-        self._pacer.note_end(succeeded=True, has_loaded=self._loads is None or self._loads() != loads)
+        took_s = time.monotonic() - started_at
+        has_loaded = self._loads is None or self._loads() != loads
+        self._pacer.note_end(succeeded=True, has_loaded=has_loaded, took_s=took_s)
         self.sync_health.note_end(succeeded=True)
         for counter, count in taken.items():
             self.changes[counter].pending -= count
@@ -169,7 +171,6 @@ class Controller:
         for family, at in triggers:
             self.programming[family].observe(max(0.0, self.synced_at - at))
         self._after_sync()
-        took_s = time.monotonic() - started_at
         self.durations.observe(took_s)
         log.debug("sync of %d service ports took %.1f ms", len(state.service_ports), took_s * 1000)
         self._log_changes(desired, self._tracker.take_endpoint_changes())
