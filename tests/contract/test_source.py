@@ -798,18 +798,26 @@ async def test_a_swapped_link_changes_all_files_that_are_reached_by_it(tmp_path:
 
 
 @pytest.mark.usefixtures("looks_once")
-async def test_a_folder_made_anew_is_watched_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_deleted", [False, True], ids=["moved", "deleted"])  # ext4 may use its inode again
+async def test_a_folder_made_anew_is_watched_again(tmp_path: Path, is_deleted: bool) -> None:
     folder = tmp_path / "manifests"
     folder.mkdir()
     (folder / "a.yaml").write_text(service("a"))
 
     async with following(folder) as told:
         folder.rename(tmp_path / "old")
+        if is_deleted:
+            shutil.rmtree(tmp_path / "old")
         folder.mkdir()
         (folder / "a.yaml").write_text(service("a", 81))
         await told.until(lambda: told.ports == {"a": 81})
-        put_in_place(folder / "a.yaml", service("a", 82))
-        await told.until(lambda: told.ports == {"a": 82})
+        with (folder / "a.yaml").open("w") as writing:
+            writing.write(service("a", 82))
+            writing.flush()
+            put_in_place(folder / "b.yaml", service("b"))
+            await told.until(lambda: "b" in told.ports)
+            assert told.ports["a"] == 81  # without a watch, the half-written file would be read, too
+        await told.until(lambda: told.ports["a"] == 82)
 
 
 @pytest.mark.usefixtures("looks_once")

@@ -193,6 +193,18 @@ async def test_a_steady_stream_of_changes_is_reported_while_it_flows(watch: Fold
         writer.join()
 
 
+async def test_a_watch_tells_that_a_folder_is_gone_though_another_one_has_its_place(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with FolderWatch([str(folder)], lambda _: True) as watch:
+        assert not watch.has_lost_folder
+        folder.rmdir()
+        folder.mkdir()
+        assert ChangedFile(str(folder), "") in await watch.changes(PATIENCE_S)
+
+        assert watch.has_lost_folder
+
+
 async def test_a_folder_that_is_removed_is_reported_without_a_file(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()

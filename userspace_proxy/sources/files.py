@@ -207,13 +207,14 @@ class FileSource:
         identities = set(map(identity, self._names))
         looked_at = time.monotonic()
         is_made_anew = False
-        with FolderWatch(self._names, self._concerns, self._folder_watch) as self._folder_watch:
+        with FolderWatch(self._names, self._concerns, self._folder_watch) as watch:
+            self._folder_watch = watch
             while not is_made_anew:
-                for file in await self._folder_watch.changes(_LOOK_AGAIN_S):
+                for file in await watch.changes(_LOOK_AGAIN_S):
                     self._touch(file)
                 self._touched |= self._emptied
                 latest = set(map(identity, self._names))
-                is_made_anew = latest != identities and None not in latest
+                is_made_anew = (latest != identities or watch.has_lost_folder) and None not in latest
                 if is_made_anew or time.monotonic() - looked_at >= self._look_again_s:
                     looked_at, self._looks_at_all = time.monotonic(), True
                 if self._looks_at_all or self._touched:

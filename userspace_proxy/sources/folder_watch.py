@@ -72,7 +72,8 @@ class FolderWatch:
     """Watches *folders* for changes of files that *concerns* returns true for.
 
     `read` may be called in another thread, one call at a time; the rest in that of the event loop. *before*: an earlier
-    watch, whose writers may still be at work.
+    watch, whose writers may still be at work. ``has_lost_folder``: a folder is not watched, because it was missing or
+    was deleted. Another one there later may have the same inode.
 
     Raises:
         OSError: the kernel watches no more folders. Folders that are missing or cannot be read are left out.
@@ -91,12 +92,17 @@ class FolderWatch:
         self._is_torn = False  # it was written meanwhile
         self.writers: dict[Identity, _Writer] = dict(before.writers) if before else {}
         self._folders: dict[int, str] = {}
+        self.has_lost_folder = False
         try:
             self._inotify = INotify(nonblocking=True)
             try:
                 for folder in folders:
-                    with contextlib.suppress(PermissionError, FileNotFoundError, NotADirectoryError):
+                    try:
                         self._folders[self._inotify.add_watch(folder, _WATCHED)] = folder
+                    except (FileNotFoundError, NotADirectoryError):
+                        self.has_lost_folder = True
+                    except PermissionError:
+                        pass
             except OSError:
                 self._inotify.close()
                 raise
@@ -164,6 +170,7 @@ class FolderWatch:
             file = ChangedFile(self._folders.get(event.wd, ""), event.name)
             if not event.name:
                 self._is_torn |= bool(event.mask & flags.Q_OVERFLOW)
+                self.has_lost_folder |= bool(event.mask & flags.IGNORED)
                 self._note(file, now, now)
             elif self._concerns(file):
                 self._take(event, file, now)
