@@ -37,7 +37,7 @@ def test_a_sync_that_loaded_no_rules_does_not_delay_the_next_one(clock: FakeCloc
     assert pacer.delay_s() == GATHER_S
 
 
-def test_syncs_that_load_no_rules_take_a_fifth_of_the_time_at_most(clock: FakeClock) -> None:
+def test_a_sync_that_loads_no_rules_is_followed_by_four_times_its_duration_up_to_the_period(clock: FakeClock) -> None:
     pacer = Pacer(clock, min_period_s=0.05, max_retry_s=30)
     pacer.note_end(succeeded=True, has_loaded=False, took_s=0.005)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 GATHER_S = 0.002
 _RETRY_S = 0.25
 # A sync that loads no rules is followed by a pause of this many times its duration. While changes come without a pause,
-# such syncs then take a fifth of the time at most.
+# such syncs then take a fifth of the time, or more if the minimum period ends the pause.
 _PAUSE_RATIO = 4
 # Bounds the exponent: a night of failures would otherwise overflow a float.
 _DOUBLINGS_MAX = 32
