@@ -119,18 +119,30 @@ class ValueClaims:
         has = {held.key for held in self._held.get(name, ())}
         missing = [request for request in requests if request.key not in has]
         for request in sorted(missing, key=lambda request: request.stated is None):  # no pool may allocate a stated one
-            error = self._conflict(name, request)
-            value = request.stated
-            if value is None and (pool := request.pool) is not None:
-                value = pool.allocate(request.key, self._holders)
-                error = None if value else ConfigError(f"{pool} is used up", field=request.field, fix=request.fix)
-            if error is not None and not request.optional:
-                raise error
-            if error is not None:
+            try:
+                value = self._value_for(name, request)
+            except ConfigError as error:
+                if not request.optional:
+                    raise
                 problems.append(error)
-            elif value is not None:
+                continue
+            if value is not None:
                 self._take(name, _Held(request.key, request.kind, value, allocated=request.stated is None))
         return problems
+
+    def _value_for(self, name: NamespacedName, request: ValueRequest) -> Value | None:
+        """Return the value that *request* states or is allocated, or None if it needs none.
+
+        Raises ConfigError if another holder keeps it, or the pool is used up.
+        """
+        if (error := self._conflict(name, request)) is not None:
+            raise error
+        if request.stated is not None or request.pool is None:
+            return request.stated
+        value = request.pool.allocate(request.key, self._holders)
+        if not value:
+            raise ConfigError(f"{request.pool} is used up", field=request.field, fix=request.fix)
+        return value
 
     def _conflict(self, name: NamespacedName, request: ValueRequest) -> ConfigError | None:
         """Return an error if another holder keeps the value that *request* states, else None."""
@@ -197,11 +209,11 @@ class ValueClaims:
 
     def _drop(self, name: NamespacedName, keys: Collection[str]) -> None:
         holdings = self._held.pop(name, ())
-        for held in holdings:
-            if held.key in keys:
-                del self._holders[held.value]
-                self.changes += 1
-                for pool in self._pools if held.allocated else ():
+        for held in [held for held in holdings if held.key in keys]:
+            del self._holders[held.value]
+            self.changes += 1
+            if held.allocated:
+                for pool in self._pools:
                     pool.release(held.key, held.value)
         if kept := tuple(held for held in holdings if held.key not in keys):
             self._held[name] = kept

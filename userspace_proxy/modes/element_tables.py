@@ -150,18 +150,21 @@ class ElementTables(NftRules):
         self._note_loaded(update, changes.uses)
 
     def _note_loaded(self, update: RuleUpdate, uses: _Uses) -> None:
-        for name, of_set in uses.items():
-            held = self._uses[name]
-            for key, more in of_set.items():
-                held[key] += more
-                if not held[key]:
-                    del held[key]
+        self._add_uses(uses)
         for owner in update.changed:
             before, after = self._held.pop(owner, None), update.translations.get(owner)
             if after is not None:
                 self._held[owner] = after
             if before is not None:
                 self.table.forget(before, after)
+
+    def _add_uses(self, uses: _Uses) -> None:
+        for name, of_set in uses.items():
+            held = self._uses[name]
+            for key, more in of_set.items():
+                held[key] += more
+                if not held[key]:
+                    del held[key]
 
     async def reload(self) -> None:
         if self._facts is not None:
@@ -209,14 +212,18 @@ class _Changes:
     def write(self, transaction: Transaction) -> None:
         """Add everything to *transaction*, deletions first."""
         for name, of_set in self.uses.items():
-            for key, more in of_set.items():
-                uses = self._held_uses[name][key]
-                if bool(uses) != bool(uses + more):
-                    (self._deleted if uses else self._added)[name].append(element(key))
+            self._write_uses(name, of_set)
         for name, elements in self._deleted.items():
             transaction.delete(name, elements)
         for name, elements in self._added.items():
             transaction.add(name, elements)
+
+    def _write_uses(self, name: str, of_set: Mapping[bytes, int]) -> None:
+        """Add the elements of the set *name* that are used now, and delete those that are no longer."""
+        for key, more in of_set.items():
+            uses = self._held_uses[name][key]
+            if bool(uses) != bool(uses + more):
+                (self._deleted if uses else self._added)[name].append(element(key))
 
 
 def _other(these: Mapping[bytes, bytes], those: Mapping[bytes, bytes]) -> Mapping[bytes, bytes]:

@@ -32,15 +32,17 @@ class PortalOwners:
             if owner != name and name not in (waiting := self._waiting.setdefault(portal, [])):
                 log.warning("%s is claimed by %s and by %s; the first has it", portal, owner, name)
                 waiting.append(name)
-        new_owners = set()
-        for portal in owned:
-            if portal not in portals and self._owners[portal] == name:
-                del self._owners[portal]
-                if portal in self._waiting:
-                    self._owners[portal] = self._waiting[portal][0]
-                    self._stop_waiting(portal, self._owners[portal])
-                    new_owners.add(self._owners[portal])
-        return new_owners
+        given_up = [portal for portal in owned if portal not in portals and self._owners[portal] == name]
+        return {new_owner for portal in given_up if (new_owner := self._give_up(portal))}
+
+    def _give_up(self, portal: Portal) -> ServicePortName | None:
+        """Take *portal* from its owner; return the new one."""
+        del self._owners[portal]
+        if portal not in self._waiting:
+            return None
+        new_owner = self._owners[portal] = self._waiting[portal][0]
+        self._stop_waiting(portal, new_owner)
+        return new_owner
 
     def _stop_waiting(self, portal: Portal, name: ServicePortName) -> None:
         self._waiting[portal].remove(name)
