@@ -329,6 +329,17 @@ async def test_a_target_that_is_removed_is_probed_no_more(rig: Rig) -> None:
     assert stays.started_at > max(began)
 
 
+async def test_removed_targets_take_no_more_room_however_many_come_and_go(rig: Rig) -> None:
+    stays = rig.probe(("127.0.0.1", 9), interval_s=3600.0)
+    for _ in range(3_000):
+        gone = rig.probe(("127.0.0.1", 9), interval_s=3600.0)
+        gone.users.clear()
+        rig.prober.remove(gone)
+
+    assert len(rig.prober._due) < 1_100
+    assert stays in {target for _, _, target in rig.prober._due}
+
+
 async def test_time_in_which_the_process_was_stalled_is_no_time_without_an_answer(rig: Rig) -> None:
     with answering(OK) as server:
         target = rig.probe(server.address, ProbeKind.HTTP)

@@ -156,23 +156,11 @@ class Controller:
                 log.exception("a bug: a sync failed; the previous state stays in force")
             self._note_failure(repr(error), triggers)
             return
+        self.synced, self.desired = state, desired
         took_s = time.monotonic() - started_at
         has_loaded = self._loads is None or self._loads() != loads
         self._pacer.note_end(succeeded=True, has_loaded=has_loaded, took_s=took_s)
-        self.sync_health.note_end(succeeded=True)
-        for counter, count in taken.items():
-            self.changes[counter].pending -= count
-        self.synced, self.desired = state, desired
-        if self.error:
-            log.info("the rules could be loaded again")
-        self.error, self.failing_since = "", None
-        self.synced_at = time.time()
-        self.syncs += 1
-        for family, at in triggers:
-            self.programming[family].observe(max(0.0, self.synced_at - at))
-        self._after_sync()
-        self.durations.observe(took_s)
-        log.debug("sync of %d service ports took %.1f ms", len(state.service_ports), took_s * 1000)
+        self._note_success(triggers, taken, took_s)
         self._log_changes(desired, self._tracker.take_endpoint_changes())
 
     def _log_changes(self, state: ProxyState, before: Mapping[ServicePortName, tuple[Endpoint, ...]]) -> None:
@@ -191,6 +179,22 @@ class Controller:
             self._journal.note(name.service, f"{name.port_name}: {what}" if name.port_name else what)
         if (more := len(changed) - _CHANGES_LOGGED_MAX) > 0:
             log.info("the endpoints of %d more service ports have changed", more)
+
+    def _note_success(self, triggers: list[tuple[str, float]], taken: Mapping[str, int], took_s: float) -> None:
+        """Note that a sync of the changes *taken* succeeded."""
+        self.sync_health.note_end(succeeded=True)
+        for counter, count in taken.items():
+            self.changes[counter].pending -= count
+        if self.error:
+            log.info("the rules could be loaded again")
+        self.error, self.failing_since = "", None
+        self.synced_at = time.time()
+        self.syncs += 1
+        for family, at in triggers:
+            self.programming[family].observe(max(0.0, self.synced_at - at))
+        self._after_sync()
+        self.durations.observe(took_s)
+        log.debug("sync of %d service ports took %.1f ms", len(self.synced.service_ports), took_s * 1000)
 
     def _note_failure(self, error: str, triggers: list[tuple[str, float]]) -> None:
         self._triggers = triggers + self._triggers

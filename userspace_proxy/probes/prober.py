@@ -38,6 +38,8 @@ _EARLY_S = TICK_S / 10
 _QUIET_S = 60.0
 # The golden ratio: any number of first probes is spread evenly.
 _SPREAD = (math.sqrt(5) - 1) / 2
+# About so many targets that were removed may wait for their turn.
+_GONE_MAX = 1_000
 _RESULTS = ("success", "failure", "timeout", "skipped")
 
 log = logging.getLogger(__name__)
@@ -117,6 +119,10 @@ class Prober:
         """Stop probing *target*, which has no users any more."""
         self.stats.targets -= 1
         self._end(target)
+        # Removed targets stay in the queue until their turn, which may be an hour away: few of them, at least.
+        if len(self._due) > 2 * self.stats.targets + _GONE_MAX:
+            self._due = [due for due in self._due if due[2].users]
+            heapq.heapify(self._due)
 
     def close(self) -> None:
         """Stop all probes."""
