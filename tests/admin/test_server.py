@@ -21,6 +21,7 @@ from aiohttp import web
 from userspace_proxy.admin import limited
 from userspace_proxy.admin.limited import ConnectionSlots
 from userspace_proxy.admin.server import AdminServer, Health, is_loopback, split_address
+from userspace_proxy.dataplane.sockets import bind_listener
 from userspace_proxy.errors import StartError
 from userspace_proxy.model.sync_health import FAMILY_NAMES, FamilyHealth
 
@@ -58,13 +59,13 @@ class Rig:
             return Answer(response.status, await response.text(), dict(response.headers))
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Return ports that are free; no other program takes them in this private namespace."""
+def free_ports(count: int) -> list[int]:
+    """Return ports that are free at every address; no other program takes them in this private namespace.
+
+    A port that is free at 127.0.0.1 may still belong to a connection of another address, which has just ended.
+    """
     with contextlib.ExitStack() as stack:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socks = [stack.enter_context(socket.socket(family)) for _ in range(count)]
-        for sock in socks:
-            sock.bind((host, 0))
+        socks = [stack.enter_context(bind_listener(socket.SOCK_STREAM, 0)) for _ in range(count)]
         return [sock.getsockname()[1] for sock in socks]
 
 
@@ -259,7 +260,7 @@ async def test_the_unspecified_ipv6_address_is_that_of_both_families() -> None:
 
 async def test_an_ipv6_address_is_written_in_brackets() -> None:
     rig = Rig()
-    address = f"[::1]:{free_ports(1, '::1')[0]}"
+    address = f"[::1]:{free_ports(1)[0]}"
     await rig.server.start(address, "")
     try:
         assert (await rig.get(address, "/healthz")).status == 200
