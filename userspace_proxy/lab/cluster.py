@@ -32,8 +32,9 @@ _LOOK_EVERY_S = 0.25
 GRACE_S = 1.0  # from SIGTERM to the end of a pod
 _ROLL_PAUSE_S = 0.3  # from a new pod that is ready to the end of an old one
 _SYNC_TIMEOUT_S, _POLL_S = 10.0, 0.02
-# After so many answers the proxy would have seen a change. Not a time: on a busy machine both take longer.
-_ANSWERS_WITHOUT_CHANGE = 25
+# After so many answers the proxy would have seen a change, or another one. Not a time: on a busy machine both take
+# longer.
+_ANSWERS_WITHOUT_CHANGE, _ANSWERS_WITHOUT_ANOTHER = 25, 4
 _METRICS_PORT = 10249
 _POD_FILE = "pod-"  # begins the name of each pod's file; files of manifests begin with a number
 _TIMESTAMP = re.compile(rb"^kubeproxy_sync_proxy_rules_last_(queued_)?timestamp_seconds\S* (\S+)$", re.MULTILINE)
@@ -381,7 +382,8 @@ class Cluster:
         """Wait until the proxy has served what was written before this call, or until nothing was to be done."""
         if self._is_served:
             return
-        asked_at, node, answers = time.time(), self._network.node, 0
+        asked_at, node, answers, since = time.time(), self._network.node, 0, 0
+        last_queued = 0.0
         self._is_served = True
         while time.time() - asked_at < _SYNC_TIMEOUT_S:
             await asyncio.sleep(_POLL_S)
@@ -392,7 +394,10 @@ class Cluster:
             except OSError:
                 return  # the proxy is not running, and reads everything when it starts
             answers += 1
-            if synced > queued > asked_at or (queued <= asked_at and answers > _ANSWERS_WITHOUT_CHANGE):
+            if queued != last_queued:
+                last_queued, since = queued, answers
+            needed = _ANSWERS_WITHOUT_ANOTHER if queued > asked_at else _ANSWERS_WITHOUT_CHANGE
+            if answers - since >= needed and (synced > queued or queued <= asked_at):
                 return
 
 
