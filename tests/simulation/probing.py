@@ -131,7 +131,7 @@ class Probing:
         return any(spec is not None and spec.port for spec in self.specs.values())
 
     def want(self, wanted: Collection[Address], *, anew: bool = False) -> None:
-        """The endpoints *wanted* are probed from now on, all of them *anew* after a hand-over."""
+        """Note that exactly *wanted* are probed now. *anew*: after a hand-over, which starts all probes again."""
         before = {} if anew else self._probed
         self._wanted, self._probed = tuple(wanted), {}
         for ip, port in wanted:
@@ -142,7 +142,7 @@ class Probing:
         self._look_later()
 
     def suspend(self) -> None:
-        """From now on nothing is promised, until endpoints are wanted anew: no process probes."""
+        """Note that no process probes until the next `want`."""
         self._probed = {}
 
     def note_answer(self, ip: str, answer: str) -> None:

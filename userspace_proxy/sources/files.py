@@ -203,7 +203,7 @@ class FileSource:
             changed.set()
 
     async def _watch_folders(self, changed: asyncio.Event) -> None:
-        """Watch the folders until one of them is made anew. Folders, not files: editors replace the file."""
+        """Watch the folders until one of them is created again. Folders, not files: editors replace the file."""
         identities = set(map(identity, self._names))
         looked_at = time.monotonic()
         is_made_anew = False

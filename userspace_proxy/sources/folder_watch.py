@@ -177,7 +177,7 @@ class FolderWatch:
         return bool(events)
 
     def _take(self, event: Event, file: ChangedFile, now: float) -> None:
-        # 1. Deleted, moved away, or no longer there: an editor may write it anew. The close of a deleted file is not
+        # 1. Deleted, moved away, or no longer there: an editor may create it again. The close of a deleted file is not
         #    reported (IN_EXCL_UNLINK), and another file may get its inode.
         # 2. Created or written: wait for the close. A link and a folder are whole when they are created.
         # 3. Renamed, or new permissions, while it is being written: as before, under its present name.
