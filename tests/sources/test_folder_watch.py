@@ -212,3 +212,18 @@ async def test_a_folder_that_is_removed_is_reported_without_a_file(tmp_path: Pat
         folder.rename(tmp_path / "moved")
 
         assert ChangedFile(str(folder), "") in await watch.changes(PATIENCE_S)
+
+
+@pytest.mark.parametrize("steps", range(8))
+async def test_a_wait_that_is_cancelled_while_a_change_comes_in_ends(
+    watch: FolderWatch, tmp_path: Path, steps: int
+) -> None:
+    waiting = asyncio.create_task(watch.changes(PATIENCE_S))
+    await asyncio.sleep(0.01)
+    (tmp_path / "log").write_text("an event")
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    waiting.cancel()
+
+    await asyncio.wait({waiting}, timeout=PATIENCE_S)
+    assert waiting.cancelled()

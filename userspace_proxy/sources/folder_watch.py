@@ -147,7 +147,8 @@ class FolderWatch:
         self._loop.add_reader(self._inotify.fileno(), self._wake.set)
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._wake.wait()
         finally:
             self._loop.remove_reader(self._inotify.fileno())
         self._wake.clear()
