@@ -145,10 +145,10 @@ def test_a_killed_endpoint_fails_the_requests_that_it_has_received_and_no_others
     manifest.write_text(manifest.read_text().replace("port: 8080", f"port: {SLOW_PORT}"))
     forward = start("-v", "-f", str(manifest), "svc/web", ":80")
     port = forward.port(str(SLOW_PORT))
-    options = ("-t1", "-c32", "-d2s", "--timeout", "10s", "-H", "Connection: close")
+    options = ("-t1", "-c32", "-d60s", "--timeout", "10s", "-H", "Connection: close")
     command = world.node.command("wrk", *options, f"http://127.0.0.1:{port}/")
+    load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         wait_until(lambda: len(ended_connections(forward)) > 300, "the load runs")
         servers[0].send_signal(signal.SIGSTOP)  # so that some of its requests wait
         before = len(ended_connections(forward))
@@ -156,9 +156,14 @@ def test_a_killed_endpoint_fails_the_requests_that_it_has_received_and_no_others
         servers[0].kill()
         servers[0].wait(20)
         killed_at = time.time()
+        before = len(ended_connections(forward))
+        wait_until(lambda: len(ended_connections(forward)) > before + 300, "the load goes on")
+        load.send_signal(signal.SIGINT)
         report = load.communicate(timeout=20)[0]
         assert forward.stop() == 0  # before the other servers end
     finally:
+        load.kill()
+        load.wait(20)
         for server in servers:
             server.kill()
             server.wait(20)
