@@ -318,4 +318,5 @@ def test_lessons_played_in_one_lab_end_where_they_began_and_clients_see_what_the
         assert said.rstrip().endswith("No Pods found in namespace default."), said
         assert "command not found" not in said
         assert "usage:" not in said
+        sys.stdout.write(said)  # pytest shows it if the check fails
         CHECKS[lesson](said)
