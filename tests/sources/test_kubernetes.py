@@ -484,6 +484,27 @@ def test_serving_files_imports_no_cluster_library() -> None:
     assert not [name for name in loaded if name.startswith(unwanted)]
 
 
+def test_a_login_imports_no_models_and_leaves_them_to_later_imports(tmp_path: Path) -> None:
+    config = kubeconfig(tmp_path, "http://127.0.0.1:1")
+    code = f"""
+import asyncio, sys
+from pathlib import Path
+from userspace_proxy.sources.login import ApiTransport
+print(asyncio.run(ApiTransport(Path({str(config)!r})).open()))
+print(*(name for name in sys.modules if name.startswith("kubernetes_asyncio")))
+from kubernetes_asyncio import watch
+from kubernetes_asyncio.client import models
+print(models.V1Service.__module__, watch.Watch.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    url, loaded, later = done.stdout.splitlines()
+
+    assert url == "http://127.0.0.1:1"
+    assert "kubernetes_asyncio.config.kube_config" in loaded
+    assert not [name for name in loaded.split() if ".models" in name or ".api." in name]
+    assert later == "kubernetes_asyncio.client.models.v1_service kubernetes_asyncio.watch.watch"
+
+
 def hold_certificates(config: Path, certificates: Path) -> None:
     """Write the certificates themselves into the kubeconfig *config*, as kubeadm does."""
 

@@ -1,7 +1,7 @@
 """Sends requests to an API server, with the login of a kubeconfig or of the pod's service account.
 
-kubernetes_asyncio provides login and HTTP client; answers are passed on as bytes. Importing it costs 0.4 s and 40 MB,
-so only functions that need a cluster import it.
+kubernetes_asyncio provides login and HTTP client; answers are passed on as bytes. Only functions that need a cluster
+import it.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ import yarl
 from userspace_proxy.errors import StartError
 from userspace_proxy.printable import printable
 from userspace_proxy.sources.paths import UNREADABLE, read, run_in_thread
+from userspace_proxy.sources.slim_import import without_models
 from userspace_proxy.sources.transport import Response
 from userspace_proxy.sources.yaml_faults import describe
 from userspace_proxy.sources.yaml_values import plain_value
@@ -175,9 +176,10 @@ class ApiTransport:
             await session.client.close()
 
     async def _log_in(self) -> _Session:
-        from kubernetes_asyncio.client import Configuration
-        from kubernetes_asyncio.client.rest import RESTClientObject
-        from kubernetes_asyncio.config import load_incluster_config, load_kube_config
+        with without_models():
+            from kubernetes_asyncio.client import Configuration
+            from kubernetes_asyncio.client.rest import RESTClientObject
+            from kubernetes_asyncio.config import load_incluster_config, load_kube_config
 
         configuration = Configuration()
         # Python 3.13 refuses authorities without a key usage or key identifier, which kubectl accepts.
