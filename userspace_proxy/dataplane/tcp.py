@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import inf
 from socket import SocketType
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
@@ -47,7 +48,7 @@ class TcpListener(BaseListener):
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
         super().__init__(spec, sock, context, shared)
         self._family = int(sock.family)
-        self._crowded_since = self._crowded_at = float("-inf")
+        self._crowded_since = self._crowded_at = -inf
         prepare_listener(sock, context.limits.dead_peer_timeout_s)  # it may come from another process
 
     def begin(self) -> None:
@@ -104,7 +105,7 @@ class TcpListener(BaseListener):
             if context.poller.accepting:
                 self._wait_for_share()
             return False
-        self._crowded_since = float("inf")
+        self._crowded_since = inf
         for _ in range(min(ACCEPTS_A_TURN, share)):
             try:
                 sock, client = accept(listener, family)

@@ -82,17 +82,18 @@ def _targets(
     service_port: ServicePort, family: Family, *, detects_pods: bool
 ) -> Iterator[tuple[Portal, Sender, ListenerName]]:
     """Yield the listener for each portal and sender, before endpoints are considered."""
-    replaced = ListenerName(service_port.name)
-    kept = replaced._replace(transparent=service_port.source_ip is SourceIP.TRANSPARENT)
-    scope = Scope.LOCAL if service_port.internal_local else Scope.CLUSTER
-    replaced_inside, kept_inside = replaced._replace(scope=scope), kept._replace(scope=scope)
+    name, is_transparent = service_port.name, service_port.source_ip is SourceIP.TRANSPARENT
+    replaced_inside = replaced = ListenerName(name)
+    kept_inside = kept = ListenerName(name, transparent=True) if is_transparent else replaced
+    if service_port.internal_local:
+        replaced_inside, kept_inside = ListenerName(name, Scope.LOCAL), ListenerName(name, Scope.LOCAL, is_transparent)
     internal = [(Sender.ANYBODY, kept_inside), (Sender.NODE, replaced_inside)]
     if detects_pods:
         internal = [(Sender.ANYBODY, replaced_inside), (Sender.POD, kept_inside)]
     external = [(Sender.ANYBODY, replaced)]
     if service_port.external_local:
         pods = [(Sender.POD, kept)] if detects_pods else []
-        external = [(Sender.ANYBODY, kept._replace(scope=Scope.LOCAL)), *pods, (Sender.NODE, replaced)]
+        external = [(Sender.ANYBODY, ListenerName(name, Scope.LOCAL, is_transparent)), *pods, (Sender.NODE, replaced)]
     for portals, targets in ((internal_portals, internal), (external_portals, external)):
         for portal in (each for each in portals(service_port) if each.family == family):
             yield from ((portal, sender, listener) for sender, listener in targets)

@@ -130,6 +130,7 @@ class KubernetesSource:
                 kind, changes = batch
                 if changes:
                     yield [self._event(kind, change) for change in changes]
+                    changes.clear()  # the generators that passed on the list keep it until they have the next one
                 if kind in unlisted:
                     unlisted.remove(kind)
                     if not unlisted:

@@ -6,6 +6,7 @@ An annotation is one entry of the table below, and a field of `ServiceAnnotation
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from userspace_proxy import api
@@ -26,6 +27,8 @@ _DNS_NAME_MAX = 253
 _WEIGHT = re.compile(r"\s*(?P<ip>[^=\s]+)\s*=\s*(?P<weight>\d{1,3})\s*")
 _PORT_MAX = 65_535
 _DURATION_MAX_S = 365 * 86_400.0
+
+_policy = lru_cache(maxsize=64)(ConnectionPolicy)  # most Services have the same one
 
 
 class DnsTarget(NamedTuple):
@@ -58,7 +61,7 @@ class ServiceAnnotations:
 
     @property
     def connections(self) -> ConnectionPolicy:
-        return ConnectionPolicy(self.drain_s, *self.age, self.wait_s)
+        return _policy(self.drain_s, *self.age, self.wait_s)
 
 
 def read_annotations(service: api.Service) -> tuple[ServiceAnnotations, list[ConfigError]]:
