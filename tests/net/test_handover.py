@@ -27,6 +27,7 @@ from tests.net.world import (
     open_connection,
     serve_web,
     service,
+    take_port,
     told,
     traces,
     udp_socket,
@@ -388,10 +389,8 @@ def test_a_successor_that_cannot_start_leaves_all_serving(fresh_proxy: Proxy, wo
     serve_web(fresh_proxy)
     fresh_proxy.start()
     fresh_proxy.stop(signal.SIGKILL)
-    with world.node.inside():
-        taken = socket.create_server(("0.0.0.0", 10256))
 
-    with taken, no_request_fails(world):
+    with take_port(world.node, 10256), no_request_fails(world):
         fresh_proxy.start(wait=False)
         assert fresh_proxy.process is not None
         assert fresh_proxy.process.wait(20) == 1

@@ -24,6 +24,7 @@ from tests.net.world import (
     open_connection,
     serve_web,
     service,
+    take_port,
     told,
     traces,
     udp_socket,
@@ -339,10 +340,8 @@ def test_a_proxy_port_that_another_program_has_is_not_used(fresh_proxy: Proxy, w
     fresh_proxy.start()
     port = fresh_proxy.proxy_port("default/web:http")
     fresh_proxy.stop()
-    with world.node.inside():
-        taken = socket.create_server(("0.0.0.0", port))
 
-    with taken:
+    with take_port(world.node, port):
         fresh_proxy.start()
 
         assert fresh_proxy.proxy_port("default/web:http") != port

@@ -52,6 +52,22 @@ def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 20
         time.sleep(min(max(0.01, 2 * (now - looked_at)), 0.2))
 
 
+def take_port(host: Host, port: int) -> socket.socket:
+    """Listen at *port* of *host*, as soon as the proxy that had it is gone.
+
+    A program that the proxy was starting when it was killed holds its sockets until it runs.
+    """
+    taken: list[socket.socket] = []
+
+    def is_taken() -> bool:
+        with host.inside(), contextlib.suppress(OSError):
+            taken.append(socket.create_server(("0.0.0.0", port)))
+        return bool(taken)
+
+    wait_until(is_taken, f"port {port} is free")
+    return taken[0]
+
+
 def processes_with(mark: str) -> list[str]:
     """Return the command lines of the processes that have *mark* in their environment, so other runs do not count."""
     found = []
