@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -34,6 +35,10 @@ with socket.create_server(("", 9000)) as server:
             sock.sendall(b"hello")
             sock.recv(1)
 """
+
+
+# Above the ports that the kernel chooses, and those of the proxy.
+_UDP_PORTS = itertools.cycle(range(61_000, 65_536))
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
@@ -98,8 +103,23 @@ def answers(host: Host, ip: str, port: int) -> str:
 
 
 def udp_socket(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> socket.socket:
-    """Return a UDP socket on *host* that receives only from *ip* and *port*."""
-    return connect(host, ip, port, timeout_s, socket.SOCK_DGRAM)
+    """Return a UDP socket on *host* that receives only from *ip* and *port*.
+
+    Its own port differs from those of earlier ones, whose flows may still be there: it begins a flow.
+    """
+    with host.inside():
+        sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.settimeout(timeout_s)
+    for own_port in _UDP_PORTS:
+        with contextlib.suppress(OSError):  # another socket has it
+            sock.bind(("", own_port))
+            break
+    try:
+        sock.connect((ip, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def ask_udp(host: Host, ip: str, port: int = 53, timeout_s: float = 2.0) -> str:
