@@ -131,7 +131,7 @@ class Probing:
         return any(spec is not None and spec.port for spec in self.specs.values())
 
     def want(self, wanted: Collection[Address], *, anew: bool = False) -> None:
-        """Note that exactly *wanted* are probed now. *anew*: after a hand-over, which starts all probes again."""
+        """Set the endpoints that are probed to *wanted*. *anew*: a hand-over has started all probes again."""
         before = {} if anew else self._probed
         self._wanted, self._probed = tuple(wanted), {}
         for ip, port in wanted:

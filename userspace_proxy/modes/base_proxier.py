@@ -114,7 +114,7 @@ class BaseProxier(ABC):
         return new
 
     def _log_new(self, names: Iterable[ServicePortName]) -> None:
-        """Log the service ports of *names* that are served now, for users who do not know the allocated addresses."""
+        """Log where the service ports *names* are served: users do not know allocated addresses."""
         found = (self._translator.translations.get(name) for name in sorted(names))
         new = [made for made in found if made is not None and made.routes]
         lines = (line for made in new for line in self._served_by(made))

@@ -183,8 +183,8 @@ class FileSource:
     async def _watch(self, changed: asyncio.Event) -> None:
         """Set *changed* on each change in the watched folders, and periodically.
 
-        The periodic read finds changes without a notification: a link's target elsewhere, a folder made anew, a file on
-        a network share. It continues if the watch fails.
+        The periodic read finds changes without a notification: a link's target elsewhere, a folder created again, a
+        file on a network share. It continues if the watch fails.
         """
         try:
             watched = [path for path in self._paths if path not in self._stream_paths]
@@ -206,16 +206,16 @@ class FileSource:
         """Watch the folders until one of them is created again. Folders, not files: editors replace the file."""
         identities = set(map(identity, self._names))
         looked_at = time.monotonic()
-        is_made_anew = False
+        is_created_again = False
         with FolderWatch(self._names, self._concerns, self._folder_watch) as watch:
             self._folder_watch = watch
-            while not is_made_anew:
+            while not is_created_again:
                 for file in await watch.changes(_LOOK_AGAIN_S):
                     self._touch(file)
                 self._touched |= self._emptied
                 latest = set(map(identity, self._names))
-                is_made_anew = (latest != identities or watch.has_lost_folder) and None not in latest
-                if is_made_anew or time.monotonic() - looked_at >= self._look_again_s:
+                is_created_again = (latest != identities or watch.has_lost_folder) and None not in latest
+                if is_created_again or time.monotonic() - looked_at >= self._look_again_s:
                     looked_at, self._looks_at_all = time.monotonic(), True
                 if self._looks_at_all or self._touched:
                     changed.set()
