@@ -268,6 +268,7 @@ class ServiceLab:
 NODE_IP, NODE_IP6 = "192.168.50.1", "fd00:50::1"
 CLIENT_IP, CLIENT_IP6 = "192.168.50.2", "fd00:50::2"
 BRIDGE, GATEWAY, _GATEWAY6 = "cni0", "10.244.0.1", "fd00:244::1"
+_BRIDGE_MAC = "0a:58:0a:f4:00:01"
 
 
 def build_service_lab(lab: Lab, pods: int) -> ServiceLab:
@@ -278,7 +279,8 @@ def build_service_lab(lab: Lab, pods: int) -> ServiceLab:
         node.set_knob(knob, 1)  # as on cluster nodes; a namespace inherits the machine's value
     client.add_addresses("eth0", CLIENT_IP, CLIENT_IP6, gateways=(NODE_IP, NODE_IP6))
     node.add_addresses("eth0", NODE_IP, NODE_IP6)
-    node.ip("link", "add", BRIDGE, "type", "bridge")
+    # As CNI plugins do: otherwise its address follows its ports. Pods then answer an address that is gone with a port.
+    node.ip("link", "add", BRIDGE, "address", _BRIDGE_MAC, "type", "bridge")
     node.ip("link", "set", BRIDGE, "up")
     node.add_addresses(BRIDGE, GATEWAY, _GATEWAY6)
     hosts = []
