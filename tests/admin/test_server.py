@@ -374,6 +374,21 @@ async def test_a_client_whose_requests_are_all_being_answered_gets_no_further_sl
     assert slots_of(slots, ("198.51.100.1", 1), ("198.51.100.2", 1)) == [False, True]
 
 
+async def test_an_old_connection_ends_after_the_answer_to_its_last_request() -> None:
+    """Prometheus keeps a connection: every second scrape each 15 s begins when the connection is 30 s old."""
+    loop, slots, scraper = asyncio.get_running_loop(), ConnectionSlots(), FakeHandler()
+    slots.take(cast("web.RequestHandler", scraper), ("127.0.0.1", 1), ("127.0.0.1", 2))
+    (slot,) = slots._slots.values()
+    slot.since, slot.request_at, slot.has_sent_request = loop.time() - 30.1, loop.time() - 0.1, True
+
+    slots._sweep(loop)
+    assert scraper.transport is not None, "its answer is not cut"
+
+    slot.request_at = None
+    slots._sweep(loop)
+    assert scraper.transport is None
+
+
 @contextlib.contextmanager
 def own_address(ip: str) -> Iterator[str]:
     """Give this host *ip*, which is no loopback address, for a while."""

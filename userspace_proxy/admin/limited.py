@@ -46,7 +46,7 @@ class _Slot:
         return self.request_at is None or now - self.request_at > _ANSWER_S
 
     def is_overdue(self, now: float) -> bool:
-        age_s = now - self.since
+        age_s = now - (self.request_at or self.since)  # a scrape that begins late is not cut
         return age_s > _CONNECTION_LIFE_S or (not self.has_sent_request and age_s > _HEADER_TIMEOUT_S)
 
     def end(self) -> None:
