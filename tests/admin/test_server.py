@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import re
 import socket
 import subprocess
 import time
@@ -429,6 +430,80 @@ async def test_an_answer_to_nonsense_names_no_version() -> None:
 
     assert b"aiohttp" not in answer
     assert b"Python" not in answer
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost : a\r\n\r\n",
+        b"GET /healthz HTTP/9\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nA: " + b"a" * 100_000,
+        b"POST /healthz HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\nnonsense\r\n\r\n",
+    ],
+    ids=["header", "version", "length", "chunk", "second request"],
+)
+async def test_a_malformed_request_writes_nothing_to_the_log(
+    request_text: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running() as rig, asyncio.timeout(10):
+        host, _, port = rig.healthz.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        with contextlib.closing(writer), contextlib.suppress(ConnectionResetError):
+            writer.write(request_text)
+            assert re.match(rb"HTTP/1.[01] 40[05] ", await reader.read())
+
+    assert caplog.records == []
+
+
+async def test_a_scraper_that_leaves_early_writes_nothing_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    ended = asyncio.Event()
+
+    async def metrics(_: Mapping[tuple[str, int], int]) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"." * 100_000
+        finally:
+            ended.set()
+
+    rig = Rig()
+    rig.server = AdminServer(lambda: rig.health, metrics, "userspace", CONFIG)
+    await rig.server.start("", rig.metrics)
+    try:
+        async with asyncio.timeout(10):
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(rig.metrics.rpartition(":")[2]))
+            with contextlib.closing(writer):
+                writer.write(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+                assert await reader.read(1)
+            await ended.wait()
+    finally:
+        await rig.server.close()
+
+    assert caplog.records == []
+
+
+async def test_a_body_is_not_decompressed() -> None:
+    """A megabyte of compressed zeros would take more than a second of CPU."""
+    async with running() as rig, asyncio.timeout(10):
+        host, _, port = rig.healthz.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"POST /healthz HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\nContent-Length: 8\r\n\r\nnot gzip"
+        )
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        answers = await reader.read()
+        writer.close()
+
+    assert b"HTTP/1.1 200" in answers, "the body was skipped, and the next request is answered"
+
+
+async def test_an_answer_that_fails_by_our_own_fault_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async with running() as rig:
+        rig.health = cast("Health", None)
+        answer = await rig.get(rig.healthz, "/livez")
+
+    assert answer.status == 500
+    assert "Error handling request" in caplog.text
 
 
 async def test_problems_are_reported_in_bounded_number_and_size_without_control_characters() -> None:

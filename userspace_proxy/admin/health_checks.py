@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from userspace_proxy.admin.limited import ConnectionSlots, LimitedFactory, remove_server_header
+from userspace_proxy.admin.limited import ConnectionSlots, LimitedFactory, make_runner
 from userspace_proxy.dataplane.sockets import bind_listener
 from userspace_proxy.model.health_check import HealthCheck, health_checks
 from userspace_proxy.model.names import NamespacedName
@@ -143,8 +143,7 @@ class _Port:
         self.listeners: list[socket.socket] = []
         # No routes: the middleware answers every path and method.
         app = web.Application(middlewares=[slots.note, self._answer])
-        app.on_response_prepare.append(remove_server_header)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_ANSWERS_S)
+        self._runner = make_runner(app, _LAST_ANSWERS_S)
         self._limited = LimitedFactory(self._runner, slots)
         self._loop = asyncio.get_running_loop()
         self._connecting: set[asyncio.Task[None]] = set()

@@ -5,12 +5,14 @@ Half-sent requests and idle connections are evicted for new ones, so that no cli
 
 import asyncio
 import ipaddress
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp.web_response
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 # Limit for connections of this node (loopback and the kubelet's probes), and again for those of all other hosts.
@@ -23,12 +25,31 @@ _CONNECTION_LIFE_S = 30.0
 _ANSWER_S = 5.0
 _SWEEP_EVERY_S = 1.0
 
-# Responses to malformed requests skip `remove_server_header`, so the default must not disclose versions either.
+# Responses to malformed requests skip `_remove_server_header`, so the default must not disclose versions either.
 aiohttp.web_response.SERVER_SOFTWARE = "userspace-proxy"  # type: ignore[attr-defined]
 
 
-async def remove_server_header(_request: web.Request, answer: web.StreamResponse) -> None:
-    """Remove the Server header: like kube-proxy, do not disclose software versions."""
+_FAULTS_OF_CLIENTS = (HttpProcessingError, web.RequestPayloadError, ConnectionError)
+
+
+def _is_own_fault(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], _FAULTS_OF_CLIENTS))
+
+
+# aiohttp logs a traceback for each malformed request and each client that leaves early: any client could fill the log.
+logging.getLogger("aiohttp.server").addFilter(_is_own_fault)
+
+
+def make_runner(app: web.Application, shutdown_timeout_s: float) -> web.AppRunner:
+    """Return a runner of *app* that discloses no versions, as kube-proxy, and decompresses no request bodies.
+
+    They are not used, and 1 MB of compressed zeros would stop the event loop for a second.
+    """
+    app.on_response_prepare.append(_remove_server_header)
+    return web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=shutdown_timeout_s)
+
+
+async def _remove_server_header(_request: web.Request, answer: web.StreamResponse) -> None:
     del answer.headers[hdrs.SERVER]
 
 

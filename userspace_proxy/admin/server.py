@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from userspace_proxy.admin.limited import ConnectionSlots, LimitedFactory, remove_server_header
+from userspace_proxy.admin.limited import ConnectionSlots, LimitedFactory, make_runner
 from userspace_proxy.admin.metrics import slis
 from userspace_proxy.errors import StartError
 from userspace_proxy.model.sync_health import FamilyHealth
@@ -107,10 +107,9 @@ class AdminServer:
         host, port = split_address(address, flag)
         slots = ConnectionSlots()
         app = web.Application(middlewares=[slots.note])
-        app.on_response_prepare.append(remove_server_header)
         for path, handler in routes.items():
             app.router.add_get(path, handler)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+        runner = make_runner(app, 0.5)
         await runner.setup()
         self._runners.append(runner)
         try:
