@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -113,9 +114,9 @@ def get(
         click.echo(f"... and {answer['hidden']} more", err=True)
     while watch:
         time.sleep(_WATCH_EVERY_S)
-        before = {tuple(row) for row in rows}
+        before = {_without_ages(row) for row in rows}
         _, *rows = _table(kind, ask(control_socket, kind, **whose)["items"], **which)
-        _print_rows([row for row in rows if tuple(row) not in before], widths)
+        _print_rows([row for row in rows if _without_ages(row) not in before], widths)
 
 
 @click.command()
@@ -286,6 +287,10 @@ def _last_failure(row: Row) -> str:
 
 def _labels(labels: Mapping[str, str]) -> str:
     return ",".join(f"{key}={value}" for key, value in sorted(labels.items())) or "<none>"
+
+
+def _without_ages(row: Sequence[str]) -> str:
+    return re.sub(r"\b\d+[dhms]\b", "", " ".join(row))
 
 
 def _age(seconds: float) -> str:
