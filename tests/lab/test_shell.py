@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import os
 import pty
 import random
@@ -13,9 +16,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+
+from userspace_proxy.lab import shell
+from userspace_proxy.lab.cluster import Cluster
+from userspace_proxy.lab.words import Words
 
 LAB = [sys.executable, "-P", "-m", "userspace_proxy", "lab"]
 WEB = """\
@@ -271,10 +281,11 @@ def test_commands_of_a_tutorial_answer_as_kubectl_does_or_say_what_the_lab_has(w
         *("kubectl scale deployment web --replicas 2", "kubectl get nodes 2>&1", "kubectl edit svc web 2>&1"),
         *("kubectl describe pod $(kubectl get pods | awk 'NR == 2 { print $1 }')", "kubectl delete deploy web"),
         f"sed 's/name: web/name: piped/' {web} | kubectl apply -f -; curl -s http://piped",
+        *("kubectl get svc/piped", "kubectl describe svc/piped", "kubectl get deploy other", "scale --replicas=3 2>&1"),
     )
     done = lab("; echo ==; ".join(asked), web)
 
-    pods, other, both, endpoints, status, scaled, nodes, edit, pod, deleted, piped = done.stdout.split("==\n")
+    pods, other, both, endpoints, status, scaled, nodes, edit, pod, deleted, piped, *named = done.stdout.split("==\n")
     assert len(pods.splitlines()) == 4
     assert other == "No Pods found in namespace default.\n"
     assert re.search(r"web +3/3\nNAME.*\nweb +ClusterIP", both)
@@ -286,3 +297,20 @@ def test_commands_of_a_tutorial_answer_as_kubectl_does_or_say_what_the_lab_has(w
     assert '"podIP": "10.244.1.' in pod
     assert deleted == "deployment/web deleted\n"
     assert re.search(r"^piped-\S+ 10\.244\.1\.", piped, re.MULTILINE)
+    assert [text.splitlines()[-1].split()[0] for text in named[:1]] == ["piped"]
+    assert re.match(r"Name: +piped\n", named[1])
+    assert named[2:] == ["No Deployments found in namespace default.\n", "scale: usage: scale NAME N\n"]
+
+
+async def test_a_word_that_fails_by_a_fault_of_the_lab_is_answered(tmp_path: Path) -> None:
+    async def set_mode(_: str) -> None:
+        raise RuntimeError("a fault")
+
+    words = Words(cast("Cluster", SimpleNamespace(problem="")), set_mode)
+    async with asyncio.timeout(10), await asyncio.start_unix_server(partial(shell._obey, words), tmp_path / "s"):
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "s")
+        with contextlib.closing(writer):
+            writer.write(json.dumps(["/", "mode", "userspace"]).encode() + b"\n")
+            code, text = json.loads(await reader.readline())
+
+    assert (code, text) == (1, "mode: the lab has failed; its traceback says where")

@@ -122,12 +122,14 @@ class _Proxy:
 
 async def _obey(words: Words, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     folder, word, *arguments = json.loads(await reader.readline())
+    answer = 1, f"{word}: the lab has failed; its traceback says where"  # without an answer, the client waits for ever
     try:
         answer = 0, await words.obey(word, arguments, Path(folder))
     except (WordError, StartError) as error:
         answer = 1, f"{word}: {error}"
-    writer.write(json.dumps(answer).encode() + b"\n")
-    writer.close()
+    finally:
+        writer.write(json.dumps(answer).encode() + b"\n")
+        writer.close()
 
 
 # ---- what the shell finds

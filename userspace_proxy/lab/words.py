@@ -131,7 +131,7 @@ class Words:
     async def _scale(self, request: Request) -> str:
         *names, last = [*request.names, request.options.get("--replicas", "")]
         number = last or (names.pop() if len(names) > 1 else "")
-        if not number.isdigit():
+        if not names or not number.isdecimal():
             raise WordError("usage: scale NAME N")
         key = self._workload(NamespacedName(request.namespace, names[0]))
         await self._cluster.scale(key, int(number))
@@ -199,7 +199,11 @@ class Words:
         else:
             found = [self._cluster.workload(key) for key in self._cluster.wanted.workloads]
             found = [
-                one for one in found if one.kind == kind and (everywhere or one.key.namespace == request.namespace)
+                one
+                for one in found
+                if one.kind == kind
+                and (everywhere or one.key.namespace == request.namespace)
+                and (not request.names or one.key.name in request.names)
             ]
             rows = [("NAME", "READY"), *((one.key.name, f"{self._ready_of(one.key)}/{one.replicas}") for one in found)]
         if len(rows) == 1:

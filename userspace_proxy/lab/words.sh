@@ -8,6 +8,13 @@ proxy() { exec "$PYTHON" -P -m userspace_proxy "$@"; }
 lab() { exec "$PYTHON" -S -E "$PACKAGE/word.py" "$@"; }
 node() { exec ip netns exec node "$@"; }
 
+case $word-${1:-} in
+  get-*/* | describe-*/*) # KIND/NAME
+    kind=${1%%/*} name=${1#*/}
+    shift
+    set -- "$kind" "$name" "$@"
+    ;;
+esac
 case $word in
   node) node "$@" ;;
   nft | iptables | iptables-save | ip6tables | ip6tables-save | conntrack | ipvsadm)
