@@ -198,7 +198,7 @@ class Settings:
         "Folder that keeps allocated addresses", shown=f"{DEFAULT_STATE_DIR}", commands=(*_RENDER, *_NAMES))
     # Off: the file says what runs in the cluster, and a state that is too old sends clients astray.
     cache_state: bool = _setting(Group.ADDRESSES, "--cache-state", False, SWITCH,
-        "Keep the cluster's last state there too; start with it if the API is gone")
+        "Keep the cluster's last state in --state-dir; start with it if the API is down")
     max_state_age_s: float = _setting(Group.ADDRESSES, "--max-state-age", 86_400.0, DURATION,
         "Do not start with a state older than this; 0 for any age")
 
@@ -245,10 +245,10 @@ class Settings:
         "End half-closed connections without traffic; 0 for never")
     # As long as conntrack keeps a connection whose peer acknowledges nothing (docs/decisions/dead-peers.md).
     dead_peer_timeout_s: float = _setting(Group.TCP, "--dead-peer-timeout", 300.0, DURATION,
-        "End connections whose peer is silent; survives outages of 5/6 of it")
+        "End connections whose peer is silent; they survive 5/6 of this time")
     # No limit: behind a NAT, or on a node, many clients have one address.
     connections_per_client: int = _setting(Group.TCP, "--connections-per-client", 0, number(0),
-        "Reset more connections from one address (IPv6: one /64); 0 for no limit")
+        "Maximum of connections from one address or IPv6 /64; 0 for no limit")
     # BBR paces what it sends, which halves bulk between containers; cubic does not.
     congestion_control: str = _setting(Group.TCP, "--congestion-control", "", NAME,
         "TCP congestion control towards clients and backends", shown="the host's")
@@ -284,7 +284,7 @@ class Settings:
     control_socket: Path | None = _setting(Group.ADMIN, "--control-socket", None, FILE,
         "Unix socket for get, describe and why", shown="control.sock in --state-dir")
     metrics_endpoint_series: int = _setting(Group.ADMIN, "--metrics-endpoint-series", 10_000, number(0),
-        "Omit endpoints from /metrics if they need more series; 0 for never")
+        "Hide endpoints in /metrics beyond this many series; 0 for never")
     # A bookmark comes every minute: three missed ones are no accident. Not 503, or an outage of the API would take
     # every node out of its load balancers.
     degraded_after_s: float = _setting(Group.ADMIN, "--degraded-after", 180.0, DURATION,
