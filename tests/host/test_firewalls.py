@@ -11,7 +11,7 @@ from userspace_proxy.host.firewalls import (
     FORWARDED,
     REDIRECTED,
     REPLIES,
-    Passage,
+    ServiceTraffic,
     blocking_chains,
     blocks,
     find_blocking_firewall,
@@ -19,11 +19,11 @@ from userspace_proxy.host.firewalls import (
 from userspace_proxy.lab import Host
 
 
-def blocking(host: Host, script: str, passage: Passage = REDIRECTED) -> list[str]:
+def blocking(host: Host, script: str, traffic: ServiceTraffic = REDIRECTED) -> list[str]:
     """Load *script*, as a firewall would, and return the chains that block."""
     host.run("nft", "-f", "-", stdin=script)
     try:
-        return blocking_chains(json.loads(host.run("nft", "--json", "--terse", "list", "ruleset").stdout), passage)
+        return blocking_chains(json.loads(host.run("nft", "--json", "--terse", "list", "ruleset").stdout), traffic)
     finally:
         host.run("nft", "delete", "table", "inet", "fw")
 
@@ -124,7 +124,7 @@ def test_so_does_forward_of_iptables(rules: str, blocked: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("passage", "rules", "blocked"),
+    ("traffic", "rules", "blocked"),
     [
         (DIALLED, "", True),
         (DIALLED, "iif lo accept; ct state established accept; tcp dport 22 accept;", True),
@@ -138,13 +138,13 @@ def test_so_does_forward_of_iptables(rules: str, blocked: bool) -> None:
     ],
 )
 def test_a_chain_blocks_what_ipvs_translates_unless_it_accepts_the_untranslated_packets(
-    host: Host, passage: Passage, rules: str, blocked: bool
+    host: Host, traffic: ServiceTraffic, rules: str, blocked: bool
 ) -> None:
-    assert blocking(host, firewall(rules, hook=passage.hook), passage) == ["inet fw c"] * blocked
+    assert blocking(host, firewall(rules, hook=traffic.hook), traffic) == ["inet fw c"] * blocked
 
 
 @pytest.mark.parametrize(
-    ("passage", "rules", "blocked"),
+    ("traffic", "rules", "blocked"),
     [
         (DIALLED, "-P INPUT DROP\n-A INPUT -i lo -j ACCEPT\n-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT\n", True),
         (DIALLED, "-P INPUT DROP\n-A INPUT -d 10.96.0.0/16 -j ACCEPT\n", False),
@@ -152,27 +152,27 @@ def test_a_chain_blocks_what_ipvs_translates_unless_it_accepts_the_untranslated_
         (REPLIES, f"{_DOCKER}-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n", False),
     ],
 )
-def test_so_do_input_and_forward_of_iptables(passage: Passage, rules: str, blocked: bool) -> None:
-    assert blocks(rules, passage) is blocked
+def test_so_do_input_and_forward_of_iptables(traffic: ServiceTraffic, rules: str, blocked: bool) -> None:
+    assert blocks(rules, traffic) is blocked
 
 
 @pytest.mark.parametrize("tool", ["iptables", "ip6tables"])
-@pytest.mark.parametrize("passage", [REDIRECTED, FORWARDED, DIALLED, REPLIES], ids=lambda passage: passage.traffic)
+@pytest.mark.parametrize("traffic", [REDIRECTED, FORWARDED, DIALLED, REPLIES], ids=lambda traffic: traffic.name)
 async def test_an_iptables_firewall_is_named_with_a_fix_that_leaves_it_usable(
-    host: Host, tool: str, passage: Passage
+    host: Host, tool: str, traffic: ServiceTraffic
 ) -> None:
     """iptables refuses chains of its own that hold rules of nft, so the fix must be an iptables command."""
-    chain = passage.hook.upper()
+    chain = traffic.hook.upper()
     service_range = "10.96.0.0/16" if tool == "iptables" else "fd00:10:96::/108"
     with host.inside():
         host.run(tool, "-P", chain, "DROP")
-        (found,) = await find_blocking_firewall(passage, service_range)
+        (found,) = await find_blocking_firewall(traffic, service_range)
         fix = found.split("`")[1]
         assert fix.startswith(f"{tool} -I {chain}")
         host.run(*fix.split())
 
-        assert await find_blocking_firewall(passage, service_range) == []
-        assert passage.iptables.format(range=service_range) in host.run(tool, "-S", chain).stdout
+        assert await find_blocking_firewall(traffic, service_range) == []
+        assert traffic.iptables.format(range=service_range) in host.run(tool, "-S", chain).stdout
         host.run(tool, "-F", chain)
         host.run(tool, "-P", chain, "ACCEPT")
 

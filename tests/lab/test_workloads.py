@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from userspace_proxy.lab.workloads import Port, read, wanted
+from userspace_proxy.lab.workloads import Port, declared, read
 from userspace_proxy.model.names import NamespacedName
 
 DEPLOYMENT = """\
@@ -40,7 +40,7 @@ def test_a_list_keeps_what_is_no_pod() -> None:
 
 
 def test_pods_of_a_deployment_have_its_labels_and_a_name_made_of_its_revision() -> None:
-    found = wanted(read("web.yaml", DEPLOYMENT)[0])
+    found = declared(read("web.yaml", DEPLOYMENT)[0])
     web = found.workloads[NamespacedName("default", "web")]
 
     first, again, restarted = web.pod(web.revision(0), 0), web.pod(web.revision(0), 0), web.pod(web.revision(1), 0)
@@ -53,7 +53,7 @@ def test_pods_of_a_deployment_have_its_labels_and_a_name_made_of_its_revision() 
 
 def test_pods_of_a_stateful_set_are_numbered_and_have_a_name_in_its_service() -> None:
     text = DEPLOYMENT.replace("Deployment", "StatefulSet").replace("replicas: 2", "serviceName: web")
-    web = wanted(read("web.yaml", text)[0]).workloads[NamespacedName("default", "web")]
+    web = declared(read("web.yaml", text)[0]).workloads[NamespacedName("default", "web")]
 
     pod = web.pod(web.revision(0), 1)
 
@@ -62,7 +62,7 @@ def test_pods_of_a_stateful_set_are_numbered_and_have_a_name_in_its_service() ->
 
 
 def test_a_pod_answers_at_the_ports_that_it_declares_or_else_at_those_that_services_ask_for() -> None:
-    found = wanted(read("web.yaml", DEPLOYMENT)[0])
+    found = declared(read("web.yaml", DEPLOYMENT)[0])
     silent = found.workloads[NamespacedName("default", "web")].pod("r", 0)
     silent["metadata"]["namespace"] = "default"
     declaring = {**silent, "spec": {"containers": [{"ports": [{"containerPort": 8080}]}]}}
@@ -80,4 +80,4 @@ addressType: IPv4
 ports: [{port: 8080}]
 endpoints: [{addresses: [10.1.2.3]}, {addresses: [8.8.8.8]}]
 """
-    assert wanted(read("a.yaml", text)[0]).addresses == {"10.1.2.3": {Port(8080, "TCP")}}
+    assert declared(read("a.yaml", text)[0]).addresses == {"10.1.2.3": {Port(8080, "TCP")}}

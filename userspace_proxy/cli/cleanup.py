@@ -11,8 +11,8 @@ def cleanup() -> None:
     """Remove every rule, route and address of the proxy, also after a crash, and change nothing else."""
     import asyncio
 
-    from userspace_proxy.runtime import cleanup as removal
+    from userspace_proxy.runtime.cleanup import remove_all
 
     with fails_on(StartError, SyncError):
-        asyncio.run(removal.remove_all())
+        asyncio.run(remove_all())
     click.echo("nothing of userspace-proxy is left in this network namespace")

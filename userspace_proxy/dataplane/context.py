@@ -8,7 +8,7 @@ from userspace_proxy.dataplane.connections import Connections, Limits
 from userspace_proxy.dataplane.conntrack_lookup import KernelTables
 from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.dial import Deadlines
-from userspace_proxy.dataplane.lifetimes import Keeper, Lifetimes
+from userspace_proxy.dataplane.lifetimes import Lifetimes, PolicyLoop
 from userspace_proxy.dataplane.memory import Memory
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.interfaces import Splicer
@@ -33,7 +33,7 @@ class PlaneContext:
     access_log: Record | None
     tables: KernelTables
     deadlines: tuple[Deadlines, ...]
-    keeper: Keeper
+    policy_loop: PolicyLoop
 
 
 @dataclass(slots=True)

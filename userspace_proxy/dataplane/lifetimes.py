@@ -42,7 +42,7 @@ _RELEASED_A_TURN = 32
 log = logging.getLogger(__name__)
 
 
-class Keeper:
+class PolicyLoop:
     """Looks at the service ports of a data plane on which a policy has something to do."""
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -79,9 +79,11 @@ class Keeper:
 class Lifetimes:
     """Applies the policy of one service port to its connections."""
 
-    def __init__(self, keeper: Keeper, poller: Poller, counters: Counters, open_now: Iterable[TcpConnection]) -> None:
+    def __init__(
+        self, policy_loop: PolicyLoop, poller: Poller, counters: Counters, open_now: Iterable[TcpConnection]
+    ) -> None:
         """Make it. *open_now*: the connections that are open already, oldest first."""
-        self._keeper = keeper
+        self._policy_loop = policy_loop
         self._poller = poller
         self._counters = counters
         self._policy = ConnectionPolicy()
@@ -96,12 +98,12 @@ class Lifetimes:
         self._policy = policy
         if policy.drain_s is None:
             self._removed_at.clear()
-        self._keeper.watch(self)
+        self._policy_loop.watch(self)
 
     def add(self, connection: TcpConnection) -> None:
         self._open[connection] = -1
         if self._policy.max_age_s:
-            self._keeper.watch(self)
+            self._policy_loop.watch(self)
 
     def remove(self, connection: TcpConnection) -> None:
         self._open.pop(connection, None)
@@ -123,7 +125,7 @@ class Lifetimes:
             return
         youngest_at = now - self._policy.max_age_s * (1 - JITTER)
         old = list(itertools.takewhile(lambda connection: connection.started_at <= youngest_at, self._open))
-        async for connection in in_slices(old, self._keeper.now):
+        async for connection in in_slices(old, self._policy_loop.now):
             self._end_if_too_old(connection, now)
 
     # ---- removed endpoints
@@ -140,10 +142,10 @@ class Lifetimes:
         ready = {endpoint.address for endpoint in backends.serving if endpoint.ready}
         gone = [address for address in before if address not in present and address not in ready]
         if gone:
-            now = self._keeper.now()
+            now = self._policy_loop.now()
             self._removed_at.update(dict.fromkeys(gone, now))
             self._leave_removed(now)
-            self._keeper.watch(self)
+            self._policy_loop.watch(self)
 
     def _leave_removed(self, now: float) -> None:
         drain_s = self._policy.drain_s
@@ -185,10 +187,10 @@ class Lifetimes:
     def wait(self, connection: TcpConnection) -> bool:
         """Let *connection* wait for an endpoint. Return False if it may not, or too many wait."""
         until = connection.started_at + self._policy.wait_s
-        if until <= self._keeper.now() or len(self._wait_until) >= WAITING_MAX:
+        if until <= self._policy_loop.now() or len(self._wait_until) >= WAITING_MAX:
             return False
         self._wait_until[connection] = until
-        self._keeper.watch(self)
+        self._policy_loop.watch(self)
         return True
 
     def release(self) -> None:

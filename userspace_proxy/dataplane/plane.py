@@ -14,7 +14,7 @@ from userspace_proxy.dataplane.details import collect_details
 from userspace_proxy.dataplane.dial import deadlines
 from userspace_proxy.dataplane.groups import open_group
 from userspace_proxy.dataplane.handover import HandoverPlane
-from userspace_proxy.dataplane.lifetimes import Keeper
+from userspace_proxy.dataplane.lifetimes import PolicyLoop
 from userspace_proxy.dataplane.memory import Memories, Memory, PickerMemory
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
@@ -89,7 +89,7 @@ class LocalPlane(HandoverPlane):
             access_log=record,
             tables=self._tables,
             deadlines=deadlines(loop),
-            keeper=Keeper(now),
+            policy_loop=PolicyLoop(now),
         )
         self._lines_dropped = lines_dropped
         self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
@@ -281,7 +281,7 @@ class LocalPlane(HandoverPlane):
             await self._context.connections.drain(drain_timeout_s)
         finally:
             self._context.connections.cut_all()
-            self._context.keeper.stop()
+            self._context.policy_loop.stop()
             self._sweeper.cancel()
             for sock in self._reserved:
                 sock.close()

@@ -65,7 +65,7 @@ class TcpListener(BaseListener):
         policy, shared, context = spec.service_port.connections, self.shared, self.context
         if shared.lifetimes is None and policy != ConnectionPolicy():
             open_now = (connection for connection in context.connections if connection.listener.shared is shared)
-            shared.lifetimes = Lifetimes(context.keeper, context.poller, self.counters, open_now)
+            shared.lifetimes = Lifetimes(context.policy_loop, context.poller, self.counters, open_now)
         if shared.lifetimes is not None:
             shared.lifetimes.set_policy(policy)
 

@@ -17,24 +17,24 @@ log = logging.getLogger(__name__)
 Hook = Literal["input", "forward"]
 
 
-class Passage(NamedTuple):
+class ServiceTraffic(NamedTuple):
     """Traffic of Services that passes the firewall of a node at ``hook``.
 
     ``nft`` and ``iptables``: the match of a rule that accepts this traffic. ``sign``: a word in every such rule.
     """
 
-    traffic: str
+    name: str
     hook: Hook
     nft: str
     iptables: str
     sign: str
 
 
-REDIRECTED = Passage("redirected traffic", "input", "ct status dnat", "-m conntrack --ctstate DNAT", "dnat")
-FORWARDED = Passage("forwarded traffic", "forward", "ct status dnat", "-m conntrack --ctstate DNAT", "dnat")
+REDIRECTED = ServiceTraffic("redirected traffic", "input", "ct status dnat", "-m conntrack --ctstate DNAT", "dnat")
+FORWARDED = ServiceTraffic("forwarded traffic", "forward", "ct status dnat", "-m conntrack --ctstate DNAT", "dnat")
 # Before IPVS translates a request, only its address tells that it is for a Service.
-DIALLED = Passage("requests to Services", "input", "{family} daddr {range}", "-d {range}", "")
-REPLIES = Passage(
+DIALLED = ServiceTraffic("requests to Services", "input", "{family} daddr {range}", "-d {range}", "")
+REPLIES = ServiceTraffic(
     "replies of endpoints", "forward", "ct state established", "-m conntrack --ctstate ESTABLISHED", "established"
 )
 
@@ -46,15 +46,15 @@ _CONTAINER_BRIDGE = re.compile(r"(docker\d+|br-)")
 _ADDRESS = re.compile(r'addr"|"iif(name)?"(?!.*"lo")| -[sd] | -i (?!lo )|^-A \w+ -j ACCEPT')
 
 
-def blocking_chains(ruleset: dict[str, Any], passage: Passage = REDIRECTED) -> list[str]:
-    """Return the nftables chains at the hook of *passage* that drop by default and accept none of its traffic.
+def blocking_chains(ruleset: dict[str, Any], traffic: ServiceTraffic = REDIRECTED) -> list[str]:
+    """Return the nftables chains at the hook of *traffic* that drop by default and do not accept it.
 
     A forward chain that accepts new connections of any kind may accept those to endpoints too, so it is not returned.
     *ruleset* is the output of ``nft --json list ruleset``. Chains are returned as ``family table chain``.
     """
     items = ruleset.get("nftables", [])
     chains = [item["chain"] for item in items if "chain" in item]
-    hooked = {(c["family"], c["table"], c["name"]): c.get("policy") for c in chains if c.get("hook") == passage.hook}
+    hooked = {(c["family"], c["table"], c["name"]): c.get("policy") for c in chains if c.get("hook") == traffic.hook}
     rules: dict[tuple[str, str, str], list[list[dict[str, Any]]]] = {chain: [] for chain in hooked}
     for rule in (item["rule"] for item in items if "rule" in item):
         rules.setdefault((rule["family"], rule["table"], rule["chain"]), []).append(rule.get("expr", []))
@@ -63,9 +63,9 @@ def blocking_chains(ruleset: dict[str, Any], passage: Passage = REDIRECTED) -> l
         for chain, policy in sorted(hooked.items())
         if chain not in _OF_IPTABLES
         and (policy == "drop" or any(map(_drops_everything, rules[chain])))
-        and not any(_accepts(rule, passage) for rule in rules[chain])
+        and not any(_accepts(rule, traffic) for rule in rules[chain])
         and not (
-            passage.hook == "forward"
+            traffic.hook == "forward"
             and any(_may_accept_new(rule) for at in rules if at[:2] == chain[:2] for rule in rules[at])
         )
     ]
@@ -76,9 +76,9 @@ def _drops_everything(expressions: list[dict[str, Any]]) -> bool:
     return bool(kinds & {"drop", "reject"}) and kinds <= {"drop", "reject", "counter", "log"}
 
 
-def _accepts(expressions: list[dict[str, Any]], passage: Passage) -> bool:
+def _accepts(expressions: list[dict[str, Any]], traffic: ServiceTraffic) -> bool:
     text = json.dumps(expressions).lower()
-    is_meant = passage.sign in text if passage.sign else _may_accept_new(expressions) and _ADDRESS.search(text)
+    is_meant = traffic.sign in text if traffic.sign else _may_accept_new(expressions) and _ADDRESS.search(text)
     return any("accept" in e for e in expressions) and bool(is_meant)
 
 
@@ -88,20 +88,20 @@ def _may_accept_new(expressions: list[dict[str, Any]]) -> bool:
     return any("accept" in e for e in expressions) and not is_of_states and not _CONTAINER_BRIDGE.search(text)
 
 
-def blocks(rules: str, passage: Passage = REDIRECTED) -> bool:
-    """Return whether iptables drops by default at the hook of *passage* and accepts none of its traffic.
+def blocks(rules: str, traffic: ServiceTraffic = REDIRECTED) -> bool:
+    """Return whether iptables drops by default at the hook of *traffic* and does not accept it.
 
     As in `blocking_chains`, a rule that accepts new connections may accept those to endpoints at FORWARD. *rules* is
     the output of ``iptables -S``.
     """
-    lines, chain = rules.splitlines(), passage.hook.upper()
+    lines, chain = rules.splitlines(), traffic.hook.upper()
     ends = (f"-P {chain} DROP", f"-A {chain} -j DROP", f"-A {chain} -j REJECT")
     accepts = [line for line in lines if line.endswith("-j ACCEPT") and not _CONTAINER_BRIDGE.search(line)]
-    sign = re.compile(passage.sign.upper()) if passage.sign else _ADDRESS
+    sign = re.compile(traffic.sign.upper()) if traffic.sign else _ADDRESS
     return (
         any(line.startswith(ends) for line in lines)
         and not any(sign.search(line) for line in accepts)
-        and not (passage.hook == "forward" and any(map(_may_accept_new_by_iptables, accepts)))
+        and not (traffic.hook == "forward" and any(map(_may_accept_new_by_iptables, accepts)))
     )
 
 
@@ -112,25 +112,25 @@ def _may_accept_new_by_iptables(rule: str) -> bool:
     return not (is_of_states or chain in ("INPUT", "OUTPUT", "KUBE-FORWARD"))
 
 
-async def find_blocking_firewall(passage: Passage = REDIRECTED, service_range: str = "") -> list[str]:
-    """Return the firewalls that drop the traffic of *passage*, each with a command that lets it pass."""
+async def find_blocking_firewall(traffic: ServiceTraffic = REDIRECTED, service_range: str = "") -> list[str]:
+    """Return the firewalls that drop *traffic*, each with a command that lets it pass."""
     found = []
     family = "ip6" if ":" in service_range else "ip"
-    nft, iptables = (text.format(family=family, range=service_range) for text in (passage.nft, passage.iptables))
+    nft, iptables = (text.format(family=family, range=service_range) for text in (traffic.nft, traffic.iptables))
     if is_installed("nft"):
         listed = parsed(await run_tool("nft", "--json", "--terse", "list", "ruleset")) or {}
         found += [
             f"nftables chain '{chain}' drops what no rule accepts; `nft insert rule {chain} {nft} accept` lets it pass"
-            for chain in blocking_chains(listed, passage)
+            for chain in blocking_chains(listed, traffic)
         ]
     for tool in ("iptables", "ip6tables"):
         try:
-            blocked = is_installed(tool) and blocks(await run_tool(tool, "-S"), passage)
+            blocked = is_installed(tool) and blocks(await run_tool(tool, "-S"), traffic)
         except SyncError as error:
             log.debug("the rules of %s cannot be looked at: %s", tool, error)
             continue
         if blocked:
-            chain = passage.hook.upper()
+            chain = traffic.hook.upper()
             fix = f"{tool} -I {chain} {iptables} -j ACCEPT"
             found.append(f"{tool} {chain} drops what no rule accepts; `{fix}` lets it pass")
     return found

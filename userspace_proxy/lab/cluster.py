@@ -20,7 +20,7 @@ from userspace_proxy.errors import ConfigError, StartError
 from userspace_proxy.lab.clients import connect
 from userspace_proxy.lab.hosts import BRIDGE, GATEWAY, Host, ServiceLab
 from userspace_proxy.lab.pod_server import PodServer
-from userspace_proxy.lab.workloads import NODE_NAME, Wanted, Workload, read, wanted
+from userspace_proxy.lab.workloads import NODE_NAME, Declared, Workload, declared, read
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.paths import expand
@@ -95,7 +95,7 @@ class Cluster:
         self._is_served = True  # whether the proxy has served what was written
         self.paths: list[str] = []
         self.pods: dict[NamespacedName, SimulatedPod] = {}
-        self.wanted = Wanted({}, {}, {}, {})
+        self.declared = Declared({}, {}, {}, {})
         self.problem = ""
         self._is_begun = False
         self._free_ips = itertools.cycle(_ips())  # an address is not used again at once
@@ -128,13 +128,13 @@ class Cluster:
 
     def workload(self, key: NamespacedName) -> Workload:
         """Return the workload *key* with the replicas that it has now. Raises KeyError."""
-        found = self.wanted.workloads[key]
+        found = self.declared.workloads[key]
         replicas, written = self._scaled.get(key, (found.replicas, found.replicas))
         return replace(found, replicas=replicas) if written == found.replicas else found
 
     async def scale(self, key: NamespacedName, replicas: int) -> None:
         """Give the workload *key* this number of replicas. Raises KeyError."""
-        self._scaled[key] = replicas, self.wanted.workloads[key].replicas
+        self._scaled[key] = replicas, self.declared.workloads[key].replicas
         await self.reconcile()
 
     async def restart(self, key: NamespacedName) -> None:
@@ -233,7 +233,7 @@ class Cluster:
             except (OSError, ConfigError, UnicodeDecodeError) as error:
                 self.problem = f"{path}: {error}"
         try:
-            self.wanted = wanted(manifests)
+            self.declared = declared(manifests)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             self.problem = f"a manifest cannot be simulated: {error!r}; `userspace-proxy check` says what is wrong"
         for name in [name for name in self._written if not name.startswith(_POD_FILE) and name not in texts]:
@@ -246,8 +246,8 @@ class Cluster:
 
     def _is_wanted(self, pod: SimulatedPod) -> bool:
         if pod.plain is None:
-            return pod.ip in self.wanted.addresses
-        return pod.owner in self.wanted.workloads if pod.owner else pod.key in self.wanted.pods
+            return pod.ip in self.declared.addresses
+        return pod.owner in self.declared.workloads if pod.owner else pod.key in self.declared.pods
 
     async def _make_wanted_pods(self) -> None:
         try:
@@ -256,7 +256,7 @@ class Cluster:
             self.problem = str(error)
 
     async def _make_pods(self) -> None:
-        for key, plain in self.wanted.pods.items():
+        for key, plain in self.declared.pods.items():
             await self._gone(key)
             if key not in self.pods:
                 await self._make(key, plain, _fixed_ip(plain), is_ready=_is_ready(plain))
@@ -265,11 +265,11 @@ class Cluster:
                     pod.is_ready = _is_ready(plain)
                 pod.plain = plain
                 self._write_pod(pod)
-        for key in self.wanted.workloads:
+        for key in self.declared.workloads:
             while await self._step(self.workload(key)):
                 pass
         taken = {pod.ip for pod in self.pods.values()}
-        for ip in self.wanted.addresses.keys() - taken:
+        for ip in self.declared.addresses.keys() - taken:
             await self._make(NamespacedName("", ip), None, ip)
 
     async def _step(self, workload: Workload) -> bool:
@@ -330,9 +330,9 @@ class Cluster:
         node.ip("route", "replace", ip, "dev", BRIDGE)
 
     async def _serve(self, pod: SimulatedPod) -> None:
-        ports = self.wanted.addresses.get(pod.ip, frozenset())
+        ports = self.declared.addresses.get(pod.ip, frozenset())
         if pod.plain is not None:
-            ports |= self.wanted.ports(pod.plain)
+            ports |= self.declared.ports(pod.plain)
         await pod.server.serve(ports)
 
     def _end(self, pod: SimulatedPod, grace_s: float = GRACE_S) -> None:

@@ -155,7 +155,7 @@ class Words:
 
     async def _restart(self, request: Request) -> str:
         key = request.key()
-        if key in self._cluster.wanted.workloads:
+        if key in self._cluster.declared.workloads:
             await self._cluster.restart(key)
             return f"{key.name} restarted: every pod was replaced, one by one"
         pod = self._pod(request)
@@ -197,7 +197,7 @@ class Words:
                 return "\n---\n".join(pod.manifest() for pod in pods if pod.plain is not None)
             rows = [("NAME", "READY", "STATUS", "AGE", "IP"), *(_row(pod) for pod in pods)]
         else:
-            found = [self._cluster.workload(key) for key in self._cluster.wanted.workloads]
+            found = [self._cluster.workload(key) for key in self._cluster.declared.workloads]
             found = [
                 one
                 for one in found
@@ -245,8 +245,8 @@ class Words:
         )
 
     def _workload(self, key: NamespacedName) -> NamespacedName:
-        if key not in self._cluster.wanted.workloads:
-            known = ", ".join(map(str, self._cluster.wanted.workloads)) or "none"
+        if key not in self._cluster.declared.workloads:
+            known = ", ".join(map(str, self._cluster.declared.workloads)) or "none"
             raise WordError(f"there is no workload {key} with replicas; known: {known}")
         return key
 

@@ -56,7 +56,7 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Declared:
     """The objects that manifests declare. ``addresses``: endpoints that are written by hand, with their ports."""
 
     pods: Mapping[NamespacedName, Mapping[str, Any]]
@@ -96,7 +96,7 @@ def read(path: str, text: str) -> tuple[list[Manifest], str]:
     return manifests, rest
 
 
-def wanted(manifests: Iterable[Manifest]) -> Wanted:
+def declared(manifests: Iterable[Manifest]) -> Declared:
     """Return the objects that *manifests* declare. Of two objects with the same name, the first one counts."""
     pods: dict[NamespacedName, Mapping[str, Any]] = {}
     workloads: dict[NamespacedName, Workload] = {}
@@ -113,7 +113,7 @@ def wanted(manifests: Iterable[Manifest]) -> Wanted:
         elif isinstance(found, api.EndpointSlice | api.Endpoints):
             for address, ports in _addresses(found):
                 addresses[address] = addresses.get(address, frozenset()) | ports
-    return Wanted(pods, workloads, services, addresses)
+    return Declared(pods, workloads, services, addresses)
 
 
 def _workload(kind: str, key: NamespacedName, spec: Mapping[str, Any]) -> Workload:

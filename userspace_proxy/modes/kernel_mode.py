@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from userspace_proxy.host.firewalls import FORWARDED, Passage
-from userspace_proxy.modes.mode import Mode, ModeSettings, PreparedMode, ProxierRequest, Removal, RenderRequest
+from userspace_proxy.host.firewalls import FORWARDED, ServiceTraffic
+from userspace_proxy.modes.mode import CleanUp, Mode, ModeSettings, PreparedMode, ProxierRequest, RenderRequest
 
 if TYPE_CHECKING:
     from userspace_proxy.modes.kernel_proxier import KernelProxier, KernelTranslator
@@ -25,7 +25,7 @@ class KernelMode(Mode):
 
     make_rules: Callable[[ModeSettings], KernelRules]
     kernel_serves: bool = True
-    firewall_passages: tuple[Passage, ...] = (FORWARDED,)
+    firewalled_traffic: tuple[ServiceTraffic, ...] = (FORWARDED,)
 
     async def prepare(self, settings: ModeSettings) -> PreparedMode:
         from userspace_proxy.modes.kernel_proxier import KernelProxier
@@ -39,7 +39,7 @@ class KernelMode(Mode):
 
         return PreparedMode(make_proxier)
 
-    def removals(self, settings: ModeSettings) -> Sequence[Removal]:
+    def clean_ups(self, settings: ModeSettings) -> Sequence[CleanUp]:
         return (self.make_rules(settings).remove,)
 
     def render(self, request: RenderRequest) -> Rules:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from userspace_proxy.control.proxy_ports import ProxyPorts
-    from userspace_proxy.host.firewalls import Passage
+    from userspace_proxy.host.firewalls import ServiceTraffic
     from userspace_proxy.interfaces import DataPlane, Proxier
     from userspace_proxy.model.listeners import ListenerSpec
     from userspace_proxy.model.names import ServicePortName
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from userspace_proxy.modes.plans import NodeRules
     from userspace_proxy.modes.rule_line import Rules
 
-Removal = Callable[[], Awaitable[None]]
+CleanUp = Callable[[], Awaitable[None]]
 
 
 class ModeSettings(Protocol):
@@ -72,7 +72,7 @@ class PreparedMode:
 
     make_proxier: Callable[[ProxierRequest], Proxier]
     transparent_obstacle: str = ""
-    leftovers: Sequence[Removal] = ()
+    leftovers: Sequence[CleanUp] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class Mode(ABC):
 
     ``description``: one line for the command line's help. ``kernel_serves``: traffic never enters this process; it has
     no workers, and SIGTERM leaves the rules. ``languages``: the rule languages in which it can be rendered, the default
-    first. ``firewall_passages``: where a firewall of another program can drop traffic of Services. ``annotations``:
+    first. ``firewalled_traffic``: where a firewall of another program can drop traffic of Services. ``annotations``:
     those that this mode honours, without their prefix; ``name: value`` for one value. ``choice``: how the kernel
     chooses an endpoint. ``shares_kube_proxys_chains``: its rules are in chains with kube-proxy's names.
     ``node_port_addresses``: the addresses that serve node ports by default. ``config_section``: the section of a
@@ -110,7 +110,7 @@ class Mode(ABC):
     description: str
     kernel_serves: bool
     languages: tuple[str, ...]
-    firewall_passages: tuple[Passage, ...]
+    firewalled_traffic: tuple[ServiceTraffic, ...]
     annotations: tuple[str, ...] = ()
     choice: str = ""
     shares_kube_proxys_chains: bool = False
@@ -122,7 +122,7 @@ class Mode(ABC):
         """Check whether this host supports the mode. Raises SyncError if not."""
 
     @abstractmethod
-    def removals(self, settings: ModeSettings) -> Sequence[Removal]:
+    def clean_ups(self, settings: ModeSettings) -> Sequence[CleanUp]:
         """Return functions that remove everything that the mode leaves on a host, also after a crash."""
 
     @abstractmethod

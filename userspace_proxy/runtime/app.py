@@ -298,6 +298,6 @@ class Proxy:
         # Of a cluster no range may be known.
         ranges = (*settings.service_ranges, *self._controller.synced.service_cidrs, *DEFAULT_SERVICE_RANGES)
         with contextlib.suppress(SyncError, ValueError):
-            for passage in self._mode.firewall_passages:
-                for found in await find_blocking_firewall(passage, str(ranges[0])):
-                    log.warning("a firewall on this node drops %s: %s", passage.traffic, found)
+            for traffic in self._mode.firewalled_traffic:
+                for found in await find_blocking_firewall(traffic, str(ranges[0])):
+                    log.warning("a firewall on this node drops %s: %s", traffic.name, found)

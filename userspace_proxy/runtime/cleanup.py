@@ -12,7 +12,7 @@ from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.host import network
 from userspace_proxy.host.discard_routes import remove_discard_routes
 from userspace_proxy.modes import MODES
-from userspace_proxy.modes.mode import Mode, PreparedMode, Removal
+from userspace_proxy.modes.mode import CleanUp, Mode, PreparedMode
 from userspace_proxy.runtime.hung_workers import has_ended
 from userspace_proxy.runtime.instance_lock import end_orphans, running_as
 
@@ -30,7 +30,7 @@ async def remove_all() -> None:
     require_net_admin()
     if (present := await end_orphans()) is not None:
         raise StartError(f"userspace-proxy{running_as(present)} is running; stop it, it takes its rules away itself")
-    of_modes = [removal for mode in MODES.values() for removal in mode.removals(Settings())]
+    of_modes = [clean_up for mode in MODES.values() for clean_up in mode.clean_ups(Settings())]
     of_network = [remove_discard_routes, network.remove_routes, network.remove_local_addresses]
     with contextlib.ExitStack() as stack:
         dns_processes = _orphaned_dns(stack)
@@ -58,13 +58,13 @@ async def remove_others(used: Mode, prepared: PreparedMode) -> None:
     Raises:
         SyncError: some could not be removed; all others were.
     """
-    of_others = [removal for mode in MODES.values() if mode is not used for removal in mode.removals(Settings())]
+    of_others = [clean_up for mode in MODES.values() if mode is not used for clean_up in mode.clean_ups(Settings())]
     await _run_each([*of_others, *prepared.leftovers])
 
 
-async def _run_each(removals: Iterable[Removal]) -> None:
+async def _run_each(clean_ups: Iterable[CleanUp]) -> None:
     refused = []
-    for remove in removals:
+    for remove in clean_ups:
         try:
             await remove()
         except SyncError as error:

@@ -266,9 +266,9 @@ class Explainer:
         settings = self.proxy.settings
         ranges = (*settings.service_ranges, *DEFAULT_SERVICE_RANGES)  # of a cluster no range may be known
         with contextlib.suppress(SyncError, ValueError):
-            for passage in self.proxy.mode.firewall_passages:
-                for found in await find_blocking_firewall(passage, str(ranges[0])):
-                    yield Obstacle(f"a firewall of this node drops {passage.traffic}", found)
+            for traffic in self.proxy.mode.firewalled_traffic:
+                for found in await find_blocking_firewall(traffic, str(ranges[0])):
+                    yield Obstacle(f"a firewall of this node drops {traffic.name}", found)
 
     def _no_endpoint(self, case: _Case) -> Obstacle:
         """Return why no endpoint is usable, as `check` finds it."""
@@ -323,7 +323,7 @@ class Explainer:
 
     async def _foreign_rules(self, case: _Case) -> tuple[str, str] | None:
         """Return which rules of another program stop a connection on its way, and the fix."""
-        portal, hooks = case.portal, {passage.hook for passage in self.proxy.mode.firewall_passages}
+        portal, hooks = case.portal, {traffic.hook for traffic in self.proxy.mode.firewalled_traffic}
         family, protocol = "ip6" if portal.family == 6 else "ip", portal.protocol.lower()
         rules = await read_foreign_rules(family)
         begin = "output" if case.sender is Sender.NODE else "prerouting"

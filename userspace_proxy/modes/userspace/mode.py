@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from userspace_proxy.host.firewalls import REDIRECTED
-from userspace_proxy.modes.mode import Mode, ModeSettings, PreparedMode, ProxierRequest, Removal, RenderRequest
+from userspace_proxy.modes.mode import CleanUp, Mode, ModeSettings, PreparedMode, ProxierRequest, RenderRequest
 
 if TYPE_CHECKING:
     from userspace_proxy.interfaces import Proxier
@@ -39,7 +39,7 @@ class UserspaceMode(Mode):
             leftovers=tuple(make().remove_rules for other, make in KERNELS.items() if other != language),
         )
 
-    def removals(self, settings: ModeSettings) -> Sequence[Removal]:
+    def clean_ups(self, settings: ModeSettings) -> Sequence[CleanUp]:
         from userspace_proxy.modes.userspace.loader import KERNELS
 
         return tuple(make().remove for make in KERNELS.values())
@@ -62,7 +62,7 @@ MODE = UserspaceMode(
     description="this proxy serves, by sockets of its own",
     kernel_serves=False,
     languages=("nftables", "iptables"),
-    firewall_passages=(REDIRECTED,),
+    firewalled_traffic=(REDIRECTED,),
     annotations=(
         "source-ip",
         "balance",
