@@ -425,6 +425,22 @@ def test_an_endpoint_that_refused_one_picker_is_ejected_for_all(clock: FakeClock
     assert picks(cluster, 3) == [A, B, C]
 
 
+def test_only_an_endpoint_that_joins_starts_slowly_whichever_picker_gets_its_endpoints_first(clock: FakeClock) -> None:
+    memory = Memory(clock)
+    memory.set_slow_start(30)
+    local, cluster, empty = Picker(memory), Picker(memory), Picker(memory)
+    empty.set_endpoints([])
+    local.set_endpoints([A])
+    cluster.set_endpoints([A, B])
+    assert not memory.starting
+    assert picks(cluster, 4) == [A, B, A, B]
+
+    empty.set_endpoints([C])
+    cluster.set_endpoints([A, B, C])
+
+    assert list(memory.starting) == [C.address]
+
+
 def test_an_ejection_stays_while_any_picker_has_the_endpoint(clock: FakeClock) -> None:
     cluster, local = pickers_over([A, B, C], [A, B], clock)
     cluster.report_failure(A)

@@ -93,19 +93,21 @@ class Memory:
     _reported_ejected: list[tuple[Address, int, float]] = field(default_factory=list)
     _overtaken: dict[Address, int] = field(default_factory=dict)
     _counters: dict[Address, EndpointCounters] = field(default_factory=dict)
-    _chosen_from: dict[Picker, Collection[Address]] = field(default_factory=dict)
+    _chosen_from: dict[Picker, Collection[Address] | None] = field(default_factory=dict)
 
     # ---- pickers
 
-    def register(self, picker: Picker, addresses: Collection[Address]) -> None:
-        """Register *picker* with its *addresses*. The state of addresses that no picker has any more is dropped.
+    def register(self, picker: Picker, addresses: Collection[Address] | None) -> None:
+        """Register *picker* with its *addresses*; None: it has not been given any yet.
 
-        New addresses begin with a slow start. If there was no address before, they get their whole share at once.
+        The state of addresses that no picker has any more is dropped. New addresses begin with a slow start. The first
+        ones of a picker, and the first ones of all, get their whole share at once.
         """
-        before = set(self.addresses()) if self.slow_start_s else ()
+        is_first = self._chosen_from.get(picker) is None
+        before = () if is_first or not self.slow_start_s else self.addresses()
         self._chosen_from[picker] = addresses
         self._forget_gone()
-        if before:
+        if before and addresses:
             self.starting.update(dict.fromkeys((a for a in addresses if a not in before), self.now()))
 
     def unregister(self, picker: Picker) -> bool:
@@ -116,7 +118,7 @@ class Memory:
 
     def addresses(self) -> Collection[Address]:
         """Return the addresses of all pickers, without duplicates."""
-        of_pickers = list(self._chosen_from.values())
+        of_pickers = list(filter(None, self._chosen_from.values()))
         return of_pickers[0] if len(of_pickers) == 1 else set().union(*of_pickers)
 
     def _forget_gone(self) -> None:

@@ -198,7 +198,7 @@ class Picker:
         self.endpoints: dict[Address, Endpoint] = {}
         self._families = [_Family(memory) if mixes_families else _NO_ENDPOINTS] * 2  # IPv4, IPv6
         self._balancing: tuple[Balance, Weights] = Balance.ROUND_ROBIN, ()
-        memory.register(self, self.endpoints)
+        memory.register(self, None)
 
     # ---- endpoints from the API
 
