@@ -14,6 +14,7 @@ from socketserver import StreamRequestHandler, ThreadingTCPServer
 
 import pytest
 
+from tests.dataplane.test_tcp import local_ports
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.probe import EndpointCondition, ProbeKind, ProbeSpec
@@ -296,6 +297,17 @@ async def test_a_shortage_of_this_host_is_no_verdict_and_is_logged_once(
         assert target.is_healthy
     assert await rig.verdict(healthy=False) == "tcp: connection refused"
     assert caplog.messages == [f"probes are skipped, such as that of 127.0.0.1:{port}: Too many open files"]
+
+
+async def test_where_no_local_port_is_left_for_a_udp_probe_there_is_no_verdict(rig: Rig) -> None:
+    with contextlib.ExitStack() as held, local_ports(20_000, 20_001):
+        for port in (20_000, 20_001):
+            sock = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            sock.bind(("0.0.0.0", port))
+        target = rig.probe(("127.0.0.1", 9), ProbeKind.UDP, send=b"ping")
+        await rig.probed(2, "skipped")
+
+    assert target.is_healthy
 
 
 async def test_an_endpoint_of_an_address_family_that_this_host_has_not_is_unhealthy(

@@ -76,6 +76,8 @@ class Attempt:
         if not self._is_connected:
             if (error := self.sock.connect_ex(self._address)) in _IN_PROGRESS:
                 return None
+            if error == errno.EAGAIN:  # of a datagram socket: this host has no local port left (inet_autobind)
+                error = errno.EADDRNOTAVAIL
             if error:
                 raise OSError(error, os.strerror(error))
             self._is_connected = True
