@@ -792,6 +792,42 @@ def test_an_idle_peer_is_given_up_in_time_and_not_before_five_sixths_of_it(timeo
         assert (idle_s + probes * probe_s, probes * probe_s) == (timeout_s, timeout_s * 5 / 6)
 
 
+def test_a_listener_of_another_process_keeps_no_keepalive_that_this_one_does_not_want() -> None:
+    with open_listener(L4Protocol.TCP, 0, 30.0) as listener:
+        prepare_listener(listener, 0.0)
+
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
+
+
+def test_a_limit_longer_than_the_kernel_can_watch_an_idle_peer_is_no_reason_to_have_no_listener() -> None:
+    with open_listener(L4Protocol.TCP, 0, 7 * 86_400.0) as listener:
+        options = socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL
+        assert [listener.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [32_767, 32_767]
+
+
+async def test_the_peer_of_a_later_backend_is_watched_as_that_of_the_first_one() -> None:
+    """A client that has not spoken is connected to another backend when the first one resets, however late."""
+    with Listener() as first, Listener() as second:
+        async with running_plane(Limits(dead_peer_timeout_s=DEAD_PEER_S)) as plane:
+            await plane.use(first.endpoint)
+            client = await dial()
+            backend = await first.accept()
+            (connection,) = plane.local._context.connections
+
+            def is_watched() -> bool:
+                splice = connection.splice
+                return splice is not None and bool(splice.sockets[1].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+
+            await until(is_watched, "the first backend is watched")
+            await plane.use(second.endpoint)
+            backend.reset()
+            backend = await second.accept()
+            await until(is_watched, "the second backend is watched")
+            client.close()
+            backend.close()
+            await all_ended(plane)
+
+
 async def fill(writer: End, data: bytes) -> int:
     """Send until the kernel accepts no more; return the number of bytes."""
     taken = 0

@@ -120,6 +120,10 @@ class Connections:
         if not self._open:
             self._empty.set()
 
+    def note_new_backend(self, connection: TcpConnection) -> None:
+        """Visit *connection* as a new one from now on: its backend's socket is another one."""
+        self._open[connection] = None
+
     # ---- room
 
     def share(self, connections_open: int) -> int:

@@ -26,6 +26,7 @@ _LINGER_0 = struct.pack("ii", 1, 0)
 
 # A peer is dead after this number of lost probes; an outage may last from the first to the last.
 _KEEPALIVE_PROBES = 5
+_KEEPALIVE_MAX_S = 32_767  # of TCP_KEEPIDLE and TCP_KEEPINTVL (include/net/tcp.h)
 
 # Plain ints: combining enum members costs a look-up each time.
 _BLOCKING_STREAM = int(socket.SOCK_STREAM)
@@ -171,12 +172,13 @@ def keep_alive(sock: SocketType, dead_peer_timeout_s: float) -> None:
 
     TCP_USER_TIMEOUT is no alternative: it also ends the connection of a live peer that has stopped reading.
     """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(dead_peer_timeout_s))
     if not dead_peer_timeout_s:
         return
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    probe_s = max(1, int(dead_peer_timeout_s / (_KEEPALIVE_PROBES + 1)))
-    probes = max(1, min(_KEEPALIVE_PROBES, int(dead_peer_timeout_s) // probe_s - 1))
-    idle_s = max(1, int(dead_peer_timeout_s) - probes * probe_s)
+    limit_s = min(int(dead_peer_timeout_s), _KEEPALIVE_MAX_S * (_KEEPALIVE_PROBES + 1))
+    probe_s = max(1, limit_s // (_KEEPALIVE_PROBES + 1))
+    probes = max(1, min(_KEEPALIVE_PROBES, limit_s // probe_s - 1))
+    idle_s = max(1, limit_s - probes * probe_s)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle_s)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)

@@ -251,6 +251,7 @@ class TcpConnection:
         assert pick is not None
         pick.counters.open -= 1
         self.splice = self._pick = None
+        self._context.connections.note_new_backend(self)
         listener.note_reset(pick)
         past = self._past = self._past or _Past()
         if past.dial is None:
