@@ -14,9 +14,10 @@ import pytest
 from tests.dataplane.test_tcp import Listener, all_ended, dial
 from tests.dataplane.world import LISTENER, PORTAL6, VANISHING_IPS, Plane, named_backends, running_plane, vanished
 from tests.ends import PATIENCE_S, End, until
-from userspace_proxy.dataplane import lifetimes
+from userspace_proxy.dataplane import lifetimes, slices
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.listeners import Backends
 from userspace_proxy.model.service import ConnectionPolicy
 
 RESET = ConnectionPolicy(drain_s=0.0)
@@ -86,6 +87,26 @@ async def test_connections_to_a_removed_endpoint_follow_the_policy(
         backend.close()
         await all_ended(plane)
         assert (await plane.counters()).closed_by_removal == (policy == RESET)
+
+
+async def test_the_connections_of_a_removed_endpoint_let_packets_through_between_their_resets(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifetimes, "LEAVING_S", 0.0)
+    with Listener() as listener:
+        await plane.apply(RESET)
+        await plane.use(listener.endpoint)
+        pairs = [(await dial(), await listener.accept()) for _ in range(3)]
+        for client, backend in pairs:
+            await works(client, backend)
+
+        plane.local.listeners[LISTENER].update(Backends((OTHER,), (OTHER,)))
+
+        assert len(plane.records) == 1
+        for client, backend in pairs:
+            assert await client.receive_all() == (b"", "reset")
+            client.close()
+            backend.close()
 
 
 async def test_a_ready_endpoint_that_hints_lead_elsewhere_keeps_its_connections(plane: Plane) -> None:
@@ -353,6 +374,26 @@ async def test_a_client_for_which_no_endpoint_comes_is_reset_in_time(plane: Plan
     assert await ended(plane) == "no endpoint came in time"
     counters = await plane.counters()
     assert (counters.waits_expired, counters.failed, counters.waiting) == (1, 1, 0)
+
+
+async def test_clients_for_which_no_endpoint_comes_let_packets_through_between_their_resets(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others end in between, and not twice."""
+    monkeypatch.setattr(slices, "SLICE_S", 0.0)
+
+    def cut_soon() -> None:
+        asyncio.get_running_loop().call_soon(plane.local.cut)
+
+    plane.on_record = cut_soon
+    await plane.apply(ConnectionPolicy(wait_s=0.1))
+    await plane.use()
+    clients = [await dial() for _ in range(3)]
+    for client in clients:
+        assert await client.receive_all() == (b"", "reset")
+        client.close()
+    counters = await plane.counters()
+    assert (counters.waits_expired, counters.waiting, counters.open) == (1, 0, 0)
 
 
 async def test_a_cut_resets_clients_that_wait(plane: Plane) -> None:

@@ -12,12 +12,13 @@ import contextlib
 import itertools
 import logging
 import socket
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from userspace_proxy.dataplane.peers import silence
 from userspace_proxy.dataplane.poller import Poller
-from userspace_proxy.dataplane.slices import in_slices
+from userspace_proxy.dataplane.slices import SLICE_S, in_slices
 from userspace_proxy.interfaces import Splice
 from userspace_proxy.model.counters import Counters
 from userspace_proxy.model.endpoint import Address
@@ -38,6 +39,8 @@ ANSWER_S = 10.0
 _BETWEEN_REQUESTS = 0.2, 0.8
 WAITING_MAX = 1_024
 _RELEASED_A_TURN = 32
+# How long connections leave their endpoint in one turn. The kernel then closes their sockets, which takes much longer.
+LEAVING_S = SLICE_S / 10
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +119,8 @@ class Lifetimes:
 
     async def look(self, now: float) -> None:
         """Close what has to be closed at *now*."""
-        for connection, until in list(self._wait_until.items()):
-            if now >= until:
+        async for connection, until in in_slices(list(self._wait_until.items()), self._keeper.now):
+            if now >= until and connection in self._wait_until:
                 self._counters.waits_expired += 1
                 connection.on_failed("no endpoint came in time")
         self._leave_removed(now)
@@ -152,10 +155,19 @@ class Lifetimes:
         if drain_s is None or not self._removed_at:
             return
         due = {address for address, at in self._removed_at.items() if now - at >= drain_s}
-        for connection in list(self._open) if due else ():
-            connection.leave_endpoints(due, at_once=not drain_s)
         for address in due:
             del self._removed_at[address]
+        if due:
+            self._leave_some(iter(list(self._open)), due, at_once=not drain_s)
+
+    def _leave_some(self, connections: Iterator[TcpConnection], due: Collection[Address], *, at_once: bool) -> None:
+        """Let *connections* leave the endpoints that are *due*, in each turn for LEAVING_S."""
+        until = self._keeper.now() + LEAVING_S
+        for connection in connections:
+            connection.leave_endpoints(due, at_once=at_once)
+            if self._keeper.now() >= until:
+                self._poller.again(partial(self._leave_some, connections, due, at_once=at_once))
+                return
 
     # ---- old connections
 
