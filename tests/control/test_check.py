@@ -1037,7 +1037,7 @@ def test_json_is_a_list_also_where_nothing_is_wrong() -> None:
     assert result.exit_code == 0
 
 
-def shown_in_a_terminal(*arguments: str | Path) -> str:
+def shown_in_a_terminal(*arguments: str | Path, **variables: str) -> str:
     """Return the output of `check` with its colour sequences, after exit code 1."""
     ours, theirs = pty.openpty()
     environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "CI")}
@@ -1046,7 +1046,7 @@ def shown_in_a_terminal(*arguments: str | Path) -> str:
             [sys.executable, "-m", "userspace_proxy", "check", *map(str, arguments)],
             stdout=theirs,
             stderr=subprocess.PIPE,
-            env={**environment, "TERM": "xterm"},
+            env={**environment, "TERM": "xterm", **variables},
             timeout=20,
             check=False,
         )
@@ -1056,6 +1056,13 @@ def shown_in_a_terminal(*arguments: str | Path) -> str:
         os.close(theirs)
     assert done.returncode == 1
     return shown
+
+
+def test_no_color_means_no_colours(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("<html>\n")
+
+    assert "\x1b[31m" in shown_in_a_terminal(tmp_path)
+    assert "\x1b" not in shown_in_a_terminal(tmp_path, NO_COLOR="1")
 
 
 def test_in_a_terminal_faults_are_red_and_notes_yellow(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Code 1 comes with one line on stderr. A command imports what it runs only when it runs.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -39,4 +40,5 @@ for _command in (run, get, describe, why, check, render, forward, env, names, la
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. A command that fails ends the process."""
     width = None if sys.stdout.isatty() else HELP_WIDTH
-    commands.main(args=arguments, prog_name="userspace-proxy", terminal_width=width)
+    color = False if os.environ.get("NO_COLOR") else None  # https://no-color.org; click itself does not know it
+    commands.main(args=arguments, prog_name="userspace-proxy", terminal_width=width, color=color)
