@@ -54,6 +54,14 @@ def test_a_service_is_called_by_its_cluster_ip_and_its_named_ports() -> None:
     assert known[named("other")].ports == (), "a port without a name has no record"
 
 
+def test_a_service_of_sctp_ports_alone_is_called_by_its_cluster_ip() -> None:
+    ports = [{"name": "sip", "port": 5060, "protocol": "SCTP"}]
+
+    known = names_after(service("phone", clusterIP="10.96.0.12", ports=ports))
+
+    assert known[named("phone")] == ServiceNames(("10.96.0.12",), (NamedPort("sip", "SCTP", 5060),))
+
+
 def test_an_external_name_service_is_called_after_its_target() -> None:
     known = names_after(service("db", type="ExternalName", externalName="db.example.com.", ports=None))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dns.rcode
+import pytest
 
 from tests.apiserver import SERVICES, SLICES
 from tests.net.test_dns import ARGUMENTS, CLUSTER, asked, found
 from tests.net.test_kubernetes import Cluster, cluster
 from tests.net.world import wait_until
+from tests.sources.test_kubernetes import PROXY_NAME
 
 __all__ = ["cluster"]
 NAME = f"db.default{CLUSTER}"
@@ -33,6 +35,20 @@ def put_headless(cluster: Cluster, *endpoints: tuple[str, str, bool], publishes_
             "ports": [{"name": "sql", "port": 5432, "protocol": "TCP"}],
         },
     )
+
+
+@pytest.mark.parametrize("served", ["ours", "theirs"])
+def test_services_have_names_whichever_proxy_serves_them(cluster: Cluster, served: str) -> None:
+    ips = {"ours": "10.96.0.21", "theirs": "10.96.0.22"}
+    for name, ip in ips.items():
+        labels = {PROXY_NAME: name} if name == "theirs" else {}
+        metadata = {"name": name, "namespace": "default", "labels": labels}
+        cluster.put(SERVICES, {"metadata": metadata, "spec": {"clusterIP": ip, "ports": [{"port": 80}]}})
+    cluster.proxy.start(*ARGUMENTS, *(("--service-proxy-name", served) if served == "theirs" else ()))
+
+    for name, ip in ips.items():
+        assert found(asked(cluster.world.node, f"{name}.default{CLUSTER}")) == [ip]
+        assert (ip in cluster.proxy.rules_text()) is (name == served)
 
 
 def test_a_headless_service_of_the_api_has_the_names_of_its_endpoints(cluster: Cluster) -> None:

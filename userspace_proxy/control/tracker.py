@@ -300,6 +300,8 @@ class Tracker:
         if decode.is_proxied(service, self._proxy_name):
             served = self._served.get(name, service)
             ips = next((self._service_ports[port].cluster_ips for port in self._ports_of.get(name, ())), ())
+            if not ips and name in self._served:  # it has SCTP ports alone
+                ips = decode.valid_cluster_ips(served)
         else:
             served, ips = service, decode.valid_cluster_ips(service)  # another proxy serves it
         return decode.cluster_ip_names(served, ips) if ips else None

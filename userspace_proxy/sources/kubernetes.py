@@ -42,7 +42,8 @@ def reflectors(
     """Return a reflector for each kind.
 
     With *service_proxy_name*, it follows only Services that name this proxy; without it, Services that name none
-    (behaviours S2). *for_dns*: with headless Services and their slices, which no proxy serves.
+    (behaviours S2). *for_dns*: all Services and slices, as also headless Services and those of other proxies have
+    names.
     """
     selector = f"{_PROXY_NAME_LABEL}={service_proxy_name}" if service_proxy_name else f"!{_PROXY_NAME_LABEL}"
 
@@ -64,7 +65,7 @@ def reflectors(
             "services",
             "/api/v1/services",
             api.Service,
-            labelSelector=selector,
+            labelSelector="" if for_dns else selector,
             filters=None if for_dns else {"fieldSelector": "spec.clusterIP!=None"},  # known since Kubernetes 1.31
         ),
         "EndpointSlice": follows(
@@ -101,7 +102,7 @@ def service_reflectors(
 class KubernetesSource:
     """Reports the objects of a cluster's API. A failure becomes a problem, and reported objects stay in force.
 
-    *for_dns*: with Services that no proxy serves.
+    *for_dns*: with Services that this proxy does not serve.
     """
 
     def __init__(
