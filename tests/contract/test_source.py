@@ -590,6 +590,17 @@ async def test_a_file_of_another_tool_is_no_problem_and_hides_nothing(tmp_path: 
         assert not told.source.problems
 
 
+async def test_a_document_of_another_tool_keeps_no_deleted_object_alive(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    values = "---\nreplicaCount: 1\n"
+    file.write_text(service("a") + service("b") + values)
+
+    async with following(tmp_path) as told:
+        assert told.ports == {"a": 80, "b": 80}
+        file.write_text(service("b") + values)
+        await told.until(lambda: told.ports == {"b": 80})
+
+
 def several_ways(folder: Path) -> Sequence[str]:
     return [str(folder), f"{folder}/", f"{folder}/a.yaml", f"{folder}/./a.yaml"]
 

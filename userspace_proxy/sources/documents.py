@@ -41,6 +41,10 @@ _DUPLICATES_MAX = 10
 log = logging.getLogger(__name__)
 
 
+class _OtherToolNote(Note):
+    """Says that a document is a file of another tool. Such a document hides no object."""
+
+
 @dataclass(slots=True, eq=False)
 class Manifest:
     """One object of a document; ``object`` is None for a kind that the proxy does not read.
@@ -156,7 +160,7 @@ def _problem(place: Place, error: ConfigError, lines: Lines) -> Problem:
             line, error = document.line + found[0], found[1]
         else:
             error = sign_in(lines.row(document, line), error.field) or error
-    return Problem(document.path, line, error)
+    return Problem(document.path, line, error, hides=not isinstance(error, _OtherToolNote))
 
 
 def _parse_pieces(document: Document, begins: list[int]) -> tuple[list[Manifest], list[Problem]]:
@@ -219,7 +223,7 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
 def _object(place: Place, plain: object) -> dict[str, Any]:
     """Return *plain* if it may be a single Kubernetes object, else raise ConfigError."""
     if _is_of_another_tool(plain):
-        raise Note("this is no Kubernetes object, but a file of another tool; it is skipped")
+        raise _OtherToolNote("this is no Kubernetes object, but a file of another tool; it is skipped")
     if not isinstance(plain, dict):
         html = html_error(place.document.text) if not place.prefix else None
         fix = "it must be a mapping with apiVersion, kind and metadata"
