@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from pathlib import Path
 
@@ -561,6 +562,18 @@ def test_scalars_are_what_yaml_says_they_are(text: str, value: object) -> None:
 
     assert manifest.plain is not None
     assert manifest.plain["v"] == value
+
+
+def test_an_escape_of_two_halves_in_json_is_one_character() -> None:
+    notes = {"two": "\U0001f680\U0001f600", "literal": "\\ud83d\\ude00", "after a backslash": "\\\U0001f680"}
+    text = json.dumps({"kind": "Service", "metadata": {"annotations": notes, "name": "web"}}, indent=1)
+
+    manifest = only_manifest(text)
+
+    assert manifest.object is not None
+    assert manifest.object.metadata.annotations == notes
+    assert manifest.place.where("metadata.name") == "f:9"
+    assert plain_value("note: \\ud83d\\ude00\n") == ({"note": "\\ud83d\\ude00"}, False), "no JSON"
 
 
 def test_a_name_in_the_first_column_is_said_to_belong_under_metadata() -> None:

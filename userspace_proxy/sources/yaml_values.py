@@ -5,6 +5,7 @@ process. Limits bound the cost of any document.
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ _NUMBER_MAX = 128
 # libyaml compares each directive with all earlier ones.
 _DIRECTIVES_MAX = 100
 _DIRECTIVE = re.compile(r"^%", re.MULTILINE)
+# JSON escapes a character beyond U+FFFF as two halves (RFC 8259, 7), which libyaml refuses.
+_HALVES = re.compile(r"(?<!\\)((?:\\\\)*)(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})")
 _SPECIAL = object()
 _TEXT_ALONE = {str}
 
@@ -65,7 +68,7 @@ def plain_value(text: str) -> tuple[object, bool]:
         yaml.YAMLError: *text* is not valid YAML or exceeds a limit; `yaml_faults.describe` explains the error.
     """
     _refuse_size(text)
-    loader = _Loader(text)
+    loader = _Loader(_with_whole_characters(text))
     try:
         builder = _Builder(loader, min(_REPEATED_MAX, _REPEATED_RATIO * len(text)))
         return builder.document(), builder.keys_were_lost
@@ -78,6 +81,13 @@ def _refuse_size(text: str) -> None:
         raise UnreadableValue(f"one document is larger than {_SIZE_MAX // 1024**2} MB", None, "split it with '---'")
     if "%" in text and len(_DIRECTIVE.findall(text)) > _DIRECTIVES_MAX:
         raise UnreadableValue(f"it has more than {_DIRECTIVES_MAX} lines that begin with '%'", None)
+
+
+def _with_whole_characters(text: str) -> str:
+    """Return *text* with a character in place of each escape of two halves, if *text* is JSON."""
+    if "\\u" not in text or not text.removeprefix("---").lstrip().startswith("{"):
+        return text
+    return _HALVES.sub(lambda found: found[1] + json.loads(f'"{found[2]}"'), text)
 
 
 def _tag(text: str) -> str:
@@ -320,6 +330,7 @@ def compose(text: str) -> yaml.Node | None:
     An alias yields its anchor's node. Tags are not resolved.
     """
     node: yaml.Node | None
+    text = _with_whole_characters(text)
     try:
         node = yaml.compose(text, Loader=_TreeLoader)
     except ComposerError:  # an anchor stands twice
