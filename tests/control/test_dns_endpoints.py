@@ -128,6 +128,15 @@ async def test_without_a_port_the_target_ports_are_used(tmp_path: Path) -> None:
         await world.wait_for("10.0.0.2 8080 http", "10.0.0.2 53 dns")
 
 
+@pytest.mark.parametrize(("target_port", "number"), [('"8081"', 8081), ("0", 80), ("http", 80)])
+async def test_a_target_port_is_read_as_for_pods_and_a_name_stands_for_the_port(
+    tmp_path: Path, target_port: str, number: int
+) -> None:
+    async with serving(FIRST, Zone("10.0.0.2").answer), following(tmp_path, "dns://web") as world:
+        world.manifest.write_text((WEB % "dns://web").replace("targetPort: 8080", f"targetPort: {target_port}"))
+        await world.wait_for(f"10.0.0.2 {number} http", "10.0.0.2 53 dns")
+
+
 async def test_the_name_is_asked_for_once_a_second(tmp_path: Path) -> None:
     zone = Zone("10.0.0.2")
     async with serving(FIRST, zone.answer), following(tmp_path, "dns://web:8080") as world:

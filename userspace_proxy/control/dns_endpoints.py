@@ -30,6 +30,8 @@ _SERVICES_MAX = 100
 _ADDRESSES_MAX = 1_000  # as in an EndpointSlice
 _DENIALS = 5
 _TYPES = {"IPv4": messages.A, "IPv6": messages.AAAA}
+# No Pod is known, so a target port by name stands for the port of the Service.
+_NO_POD = api.Pod(ObjectMeta())
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +184,7 @@ def _keep(answer: _Answer, addresses: Sequence[str]) -> None:
 
 def _slice(service: api.Service, target: decode.DnsTarget, family: str, addresses: Iterable[str]) -> api.EndpointSlice:
     ports = [
-        EndpointPort(target.port or (p.target_port if isinstance(p.target_port, int) else p.port), p.name, p.protocol)
+        EndpointPort(target.port or decode.target_port(p, _NO_POD) or p.port, p.name, p.protocol)
         for p in (service.spec.ports if service.spec else None) or ()
     ]
     labels = {decode.SERVICE_NAME_LABEL: service.metadata.name}
