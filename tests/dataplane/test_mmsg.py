@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_address, reply_record
+from tests.dataplane.world import CLIENT_IP6
+from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, asked_ip, client_address, flow_record_bytes, reply_record
 from userspace_proxy.dataplane.sockets import IP_PKTINFO
+from userspace_proxy.lab import ip
 
 
 @contextlib.contextmanager
@@ -25,22 +27,22 @@ def front(family: socket.AddressFamily) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def client_of(sock: socket.socket, asked_ip: str) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_INET6 if ":" in asked_ip else socket.AF_INET, socket.SOCK_DGRAM) as client:
+def client_of(sock: socket.socket, asked: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET6 if ":" in asked else socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.settimeout(5)
-        client.connect((asked_ip, sock.getsockname()[1]))
+        client.connect((asked, sock.getsockname()[1]))
         yield client
 
 
 @pytest.mark.parametrize(
-    ("family", "asked_ip"),
+    ("family", "asked"),
     [(socket.AF_INET, "127.0.0.2"), (socket.AF_INET6, "127.0.0.2"), (socket.AF_INET6, "::1")],
 )
 def test_the_reply_record_leads_to_the_client_from_the_address_it_asked(
-    family: socket.AddressFamily, asked_ip: str
+    family: socket.AddressFamily, asked: str
 ) -> None:
     batch = Batch()
-    with front(family) as sock, client_of(sock, asked_ip) as client:
+    with front(family) as sock, client_of(sock, asked) as client:
         client.send(b"who")
         ((record, length, room),) = batch.receive(sock.fileno())
         assert (client_address(record), bytes(room[:length])) == (client.getsockname()[:2], b"who")
@@ -50,6 +52,35 @@ def test_the_reply_record_leads_to_the_client_from_the_address_it_asked(
         assert batch.send(sock.fileno(), 1) == 0
 
         assert client.recv(10) == b"me"
+
+
+@pytest.fixture
+def link_local() -> Iterator[tuple[str, int, int, int]]:
+    """An address that is valid at one interface of this host alone."""
+    ip("link", "add", "near", "type", "veth", "peer", "far")
+    try:
+        for name in ("near", "far"):
+            ip("link", "set", name, "up")
+        ip("address", "add", "fe80::91/64", "dev", "near", "nodad")
+        yield "fe80::91", 0, 0, socket.if_nametoindex("near")
+    finally:
+        ip("link", "del", "near")
+
+
+def test_a_reply_from_a_link_local_address_leaves_at_its_interface(link_local: tuple[str, int, int, int]) -> None:
+    """Also to a client with a global address: some nodes have link-local addresses alone towards their pods."""
+    batch = Batch(flow_record_bytes(socket.AF_INET6))
+    with front(socket.AF_INET6) as sock, socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as client:
+        client.settimeout(5)
+        client.bind((CLIENT_IP6, 0))
+        client.sendto(b"", (link_local[0], sock.getsockname()[1], *link_local[2:]))
+        ((record, _, _),) = batch.receive(sock.fileno())
+        assert asked_ip(record) == link_local[0]
+
+        batch.address(0, batch.reply_record(record), 0)
+        assert batch.send(sock.fileno(), 1) == 0
+
+        assert client.recvfrom(10)[1][0].partition("%")[0] == link_local[0]
 
 
 def test_a_client_has_the_same_record_each_time_and_another_has_another() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -30,11 +33,13 @@ from tests.fakes import FakeClock
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.datagrams import DatagramPoller, Leased
 from userspace_proxy.dataplane.groups import open_group
+from userspace_proxy.dataplane.sockets import open_listener
+from userspace_proxy.lab import ip
 from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.listeners import Backends as PlaneBackends
 from userspace_proxy.model.listeners import ListenerSpec
-from userspace_proxy.model.names import L4Protocol, Scope
+from userspace_proxy.model.names import L4Protocol, ListenerName, Scope
 from userspace_proxy.model.service import Balance
 
 # The idle time-out is not what is tested with it: it only makes the plane look at its flows 60 times a second.
@@ -158,6 +163,81 @@ async def test_the_answer_comes_from_the_address_that_was_asked(plane: Plane, as
         backend.answer(b"me", flow)
 
         assert await client.receive() == (b"me", (asked_ip, UDP_PORT))
+
+
+async def test_a_client_keeps_its_flow_beside_clients_of_another_family(plane: Plane, backends: Backends) -> None:
+    """As with `forward`, which has a listener for each family in one process."""
+    a, b = backends
+    listeners = {}
+    for at in ("127.0.0.1", "::1"):
+        name = ListenerName(UDP_NAME._replace(port_name=at))
+        sock = open_listener(L4Protocol.UDP, 0, 0, at=at)
+        port = sock.getsockname()[1]
+        listeners[at] = name, port
+        plane.local.serve(ListenerSpec(replace(udp_service_port(), name=name.service_port), port, at=at), sock)
+        await plane.local.update({name: PlaneBackends((a.endpoint, b.endpoint), (a.endpoint, b.endpoint))})
+    (name4, port4), (_, port6) = listeners.values()
+    with Client("127.0.0.1", port4) as client4, Client("::1", port6) as client6:
+        client4.ask()
+        first = await a.receive()
+        client6.ask()
+        await a.receive()
+
+        for _ in range(3):
+            client4.ask()
+
+        assert [await a.receive() for _ in range(3)] == [first] * 3
+    assert plane.local.listeners[name4].counters.flows_total == 1
+
+
+@contextlib.contextmanager
+def side_links() -> Iterator[list[Callable[[bytes], None]]]:
+    """Two interfaces of this host; yield a function for each that lets a packet come in there."""
+    reverse_path_filter = Path("/proc/sys/net/ipv4/conf/all/rp_filter")
+    before = reverse_path_filter.read_text()
+    reverse_path_filter.write_text("0")
+    with contextlib.ExitStack() as stack:
+        stack.callback(reverse_path_filter.write_text, before)
+        sends: list[Callable[[bytes], None]] = []
+        for number in (1, 2):
+            mac = bytes((2, 0, 0, 0, 0, number))
+            link = ("link", "add", f"side{number}", "address", mac.hex(":"), "type", "veth", "peer", f"far{number}")
+            ip(*link)
+            stack.callback(ip, "link", "del", f"side{number}")
+            Path(f"/proc/sys/net/ipv4/conf/side{number}/rp_filter").write_text("0")
+            for name in (f"side{number}", f"far{number}"):
+                ip("link", "set", name, "up")
+            far = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+            far.bind((f"far{number}", 0))
+            sends.append(functools.partial(_send_frame, far, mac))
+        yield sends
+
+
+def _send_frame(far: socket.socket, mac: bytes, packet: bytes) -> None:
+    far.send(mac + bytes(6) + b"\x08\x00" + packet)
+
+
+def udp_packet(client: Address, to: Address, content: bytes) -> bytes:
+    """Return an IPv4 packet."""
+    udp = struct.pack("!4H", client[1], to[1], 8 + len(content), 0) + content
+    header = [0x4500, 20 + len(udp), 0, 0, 64 << 8 | socket.IPPROTO_UDP, 0]
+    header += struct.unpack("!4H", socket.inet_aton(client[0]) + socket.inet_aton(to[0]))
+    total = sum(header)
+    header[5] = ~(total % 0xFFFF) & 0xFFFF
+    return struct.pack("!10H", *header) + udp
+
+
+async def test_a_client_keeps_its_flow_when_its_packets_come_in_at_another_interface(
+    plane: Plane, backends: Backends
+) -> None:
+    """A node with two uplinks: routers send the client's packets along the other one when the first fails."""
+    a, b = backends
+    await plane.use(a.endpoint, b.endpoint)
+    with side_links() as (send_here, send_there):
+        for number, send in enumerate((send_here, send_there, send_here)):
+            send(udp_packet(("10.91.0.1", 4_000), (CLIENT_IPS[0], UDP_PORT), b"%d" % number))
+            assert (await a.receive())[0] == b"%d" % number
+    assert (await plane.counters(UDP_NAME)).flows_total == 1
 
 
 async def test_clients_meet_endpoints_of_their_own_family(plane: Plane) -> None:

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterable
 
 from tests.simulation.kernel import Address, Datagram, Kernel
+from userspace_proxy.dataplane.mmsg import reply_record
 
 _ROOM_BYTES = 2_048
 _MESSAGES = 32
@@ -36,7 +37,7 @@ class SimulatedBatch:
 
     kernel: Kernel
 
-    def __init__(self) -> None:
+    def __init__(self, _record_bytes: int = 0) -> None:
         self.room = [memoryview(bytearray(_ROOM_BYTES)) for _ in range(_MESSAGES)]
         self._addressed: list[tuple[bytes, int]] = [(b"", 0)] * _MESSAGES
 
@@ -51,6 +52,9 @@ class SimulatedBatch:
             room[: len(content)] = content
             found.append((its_record, len(content), room))
         return found
+
+    def reply_record(self, record: bytes) -> bytes:
+        return reply_record(record)
 
     def address(self, index: int, record: bytes, length: int) -> None:
         self._addressed[index] = record, length

@@ -23,7 +23,7 @@ from socket import MSG_PEEK, SOL_SOCKET, SocketType
 from typing import TYPE_CHECKING, NamedTuple
 
 from userspace_proxy.dataplane.local_ports import LocalPorts, first_index, local_ports
-from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_of
+from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_of, flow_record_bytes
 from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.sockets import bind_anywhere, datagram_socket
 from userspace_proxy.model.endpoint import Address
@@ -168,7 +168,7 @@ class DatagramPoller:
         called before the first proxy port is served and again before new flows reach ports at
         which the predecessor may have continued.
         """
-        self.inbox = Batch()
+        self._inboxes: dict[int, Batch] = {}
         self._outbox = Batch()
         self._loop = loop
         self._now = now
@@ -188,6 +188,12 @@ class DatagramPoller:
         loop.add_reader(self._epoll.fileno(), self._turn)
 
     # ---- proxy ports
+
+    def inbox(self, family: int) -> Batch:
+        """Return the batch for proxy ports of *family* alone: the kernel writes only a part of an IPv4 record."""
+        if family not in self._inboxes:
+            self._inboxes[family] = Batch(flow_record_bytes(family))
+        return self._inboxes[family]
 
     def serve(self, front: UdpListener) -> None:
         """Begin to read from *front*; no effect if it is read already."""

@@ -57,7 +57,8 @@ class _Mmsghdr(ctypes.Structure):
 class Batch:
     """Buffers for MESSAGES datagrams and their records."""
 
-    def __init__(self) -> None:
+    def __init__(self, record_bytes: int = _RECORD_BYTES) -> None:
+        """*record_bytes*: the length of the records that `receive` returns."""
         # mmap instead of a bytearray: pages that are never used take no memory.
         self._memory = mmap.mmap(-1, MESSAGES * DATAGRAM_BYTES)
         everything = memoryview(self._memory)
@@ -77,8 +78,9 @@ class Batch:
         unused = memoryview(bytes(header_bytes))
         counts = header_bytes.cast("I")[_Mmsghdr.len.offset // 4 :: size // 4]
         # Of the first n messages: records, lengths, headers, and what these were before the kernel wrote to them.
+        record = f"{record_bytes}s{_RECORD_BYTES - record_bytes}x"
         self._parts = [
-            (struct.Struct(f"{_RECORD_BYTES}s" * n), counts[:n], header_bytes[: n * size], unused[: n * size])
+            (struct.Struct(record * n), counts[:n], header_bytes[: n * size], unused[: n * size])
             for n in range(MESSAGES + 1)
         ]
         self._lengths = memoryview(self._iovecs).cast("B").cast("P")[1::2]
@@ -92,6 +94,13 @@ class Batch:
         found = zip(records.unpack_from(self._records), lengths.tolist(), self.room, strict=False)
         headers[:] = unused  # the kernel has overwritten the buffer lengths
         return found
+
+    def reply_record(self, record: bytes) -> bytes:
+        """Return what `reply_record` returns, for a *record* of the last `receive`, which may lack the interface."""
+        if record.startswith(_LINK_LOCAL, _PKTINFO_AT):
+            at = self._records.find(record)
+            record = bytes(self._records[at : at + _RECORD_BYTES])
+        return reply_record(record)
 
     def address(self, index: int, record: bytes, length: int) -> None:
         """Set the *record* (destination and source) for the first *length* bytes of ``room[index]``."""
@@ -112,6 +121,14 @@ class Batch:
             refused += more <= 0
             sent += max(1, more)
         return refused
+
+
+def flow_record_bytes(family: int) -> int:
+    """Return the length of the records that are keys of flows, at sockets of *family*.
+
+    At an IPv6 socket, which serves both families, they end before the interface: a flow outlives a change of route.
+    """
+    return _INTERFACE6_AT if family == socket.AF_INET6 else _RECORD_BYTES
 
 
 def client_address(record: bytes) -> Address:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.datagrams import Destination, Leased, UdpFlow
 from userspace_proxy.dataplane.listener import BaseListener
-from userspace_proxy.dataplane.mmsg import anybody_like, asked_ip, client_address, client_of, reply_record
+from userspace_proxy.dataplane.mmsg import anybody_like, asked_ip, client_address, client_of
 from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, bind_anywhere
 from userspace_proxy.model.details import ConnectionDetails
@@ -41,6 +41,7 @@ class UdpListener(BaseListener):
         self._serving: frozenset[Address] = frozenset()
         self.touch = self._flows.move_to_end
         self._datagrams = context.datagrams
+        self._inbox = context.datagrams.inbox(sock.family)
 
     @property
     def fd(self) -> int:
@@ -91,7 +92,7 @@ class UdpListener(BaseListener):
 
     def receive(self, now: float) -> None:
         flow_of, touch = self._flows.get, self.touch
-        for record, length, room in self._datagrams.inbox.receive(self.sock.fileno()):
+        for record, length, room in self._inbox.receive(self.sock.fileno()):
             flow = flow_of(record)
             if flow is not None:
                 touch(record)
@@ -147,7 +148,7 @@ class UdpListener(BaseListener):
             if leased is None:
                 return None
             header = self._header(key) if self._header_of else b""
-            flow = UdpFlow(key, reply_record(key), self, *leased, pick, now, now, now, length, header)
+            flow = UdpFlow(key, self._inbox.reply_record(key), self, *leased, pick, now, now, now, length, header)
             self._flows[key] = flow
             self._datagrams.begin(flow, client)
             counters.flows_total += 1
