@@ -468,6 +468,63 @@ async def test_listeners_for_which_a_new_worker_has_no_room_are_served_when_it_h
         assert plane.restarts == 1
 
 
+async def test_listeners_go_while_a_new_worker_is_still_sent_all_of_them(
+    tmp_path: Path, three: tuple[NamedBackend, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running("worker", tmp_path) as plane:
+        assert isinstance(plane, RemotePlane)
+        specs = many(1_500)
+        await plane.open([*specs, spec()])
+        await plane.update(backends(three[0].endpoint))
+        (worker,), (killed,) = plane._workers, plane.pids
+        start = worker.start
+
+        def start_late() -> None:
+            start()
+            os.kill(worker.pid, signal.SIGSTOP)
+
+        monkeypatch.setattr(worker, "start", start_late)
+        os.kill(killed, signal.SIGKILL)
+        await until(lambda: plane.pids != [killed], "another one is started")
+        assert worker._channel is not None
+        assert len(worker._channel._waiting) > 1, "the kernel takes no more"
+
+        retiring = asyncio.create_task(plane.retire([each.name for each in specs[-10:]]))
+        await asyncio.sleep(0)
+        os.kill(worker.pid, signal.SIGCONT)
+        await retiring
+
+        await until(lambda: not plane.failing, "the other listeners are served")
+        assert await ask() == "a"
+        assert plane.restarts == 1
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.to_thread(socket.create_connection, ("127.0.0.1", specs[-1].proxy_port), 5)
+
+
+async def test_listeners_that_one_worker_refuses_while_the_other_one_ends_are_refused(tmp_path: Path) -> None:
+    async with running("two workers", tmp_path) as plane:
+        assert isinstance(plane, RemotePlane)
+        await plane.open([spec()])
+        full, ending = plane.pids
+        leave_room(full, 80)
+        os.kill(ending, signal.SIGSTOP)
+        specs = many(100)
+        opening = asyncio.create_task(plane.open(specs))
+        await until(lambda: not plane._workers[0]._waiting and bool(plane._workers[1]._waiting), "one has answered")
+        os.kill(ending, signal.SIGKILL)
+
+        refused = await opening
+
+        assert 0 < len(refused) < 100
+        await until(lambda: plane.restarts == 1 and not plane.failing, "another worker serves")
+        await plane.retire([each.name for each in specs if each.name not in refused])
+        again = [each for each in specs if each.name in refused][:20]
+        assert await plane.open(again) == {}
+        for each in again:
+            with contextlib.suppress(ConnectionResetError):  # there is no endpoint
+                (await asyncio.to_thread(socket.create_connection, ("127.0.0.1", each.proxy_port), 5)).close()
+
+
 async def test_a_channel_that_breaks_costs_a_worker_its_listeners_and_no_connection() -> None:
     plane = RemotePlane(WorkerSettings(Limits(), orphan_timeout_s=60))
     with socket.create_server(("127.0.0.1", 0)) as holding:

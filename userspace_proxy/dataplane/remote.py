@@ -43,6 +43,7 @@ class RemotePlane:
         self._sockets: dict[ListenerName, list[socket.socket]] = {}  # as many as workers
         self._specs: dict[ListenerName, ListenerSpec] = {}
         self._backends: dict[ListenerName, Backends] = {}
+        self._retired: list[socket.socket] = []  # perhaps in a channel still: closed when all workers have answered
         self._reserved: dict[int, tuple[socket.socket, ...]] = {}
         self._name: socket.socket | None = None
         self._waits = False  # for the predecessor to stop reading
@@ -176,10 +177,9 @@ class RemotePlane:
         sent = [answer for worker in self._workers for answer in self._send_opened(worker, new, changed)]
         # A worker that has ended refuses no listener: its replacement gets all of them.
         refused.update(_refused(await asyncio.gather(*sent, return_exceptions=True)))
-        if len(self._workers) > 1 and refused:
-            await self._send_all(wire.Retire([name for name in refused if name in self._specs]))
-        for name in refused:
-            self._forget(name)
+        if opened := [name for name in refused if name in self._specs]:
+            with contextlib.suppress(SyncError):  # a worker has ended; its replacement does not get these
+                await self.retire(opened)
         return refused
 
     def _send_opened(
@@ -208,6 +208,8 @@ class RemotePlane:
         for name in names:
             self._forget(name)
         await self._send_all(*wire.fitting(names, _A_FRAME, wire.Retire))
+        close_group(self._retired)
+        self._retired.clear()
 
     async def _send_all(self, *requests: wire.Request) -> list[wire.Done]:
         return await answers_to([worker.send(request) for request in requests for worker in self._workers])
@@ -222,7 +224,7 @@ class RemotePlane:
         if not self._serves(name.service_port):
             for worker in self._workers:
                 worker.learnt.forget(name.service_port)
-        close_group(self._sockets.pop(name, []))
+        self._retired += self._sockets.pop(name, [])
 
     async def stats(self, endpoints_max: int = 0) -> PlaneStats:
         count = self._count_endpoints()
@@ -261,7 +263,7 @@ class RemotePlane:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SENT_S):  # a closed descriptor cannot be sent
                 await asyncio.gather(*(worker.sent() for worker in self._workers))
-        for group in (*self._sockets.values(), *self._reserved.values()):
+        for group in (*self._sockets.values(), *self._reserved.values(), self._retired):
             close_group(group)
         await asyncio.gather(
             *(
