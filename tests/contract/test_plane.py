@@ -20,6 +20,7 @@ import pytest
 from tests.dataplane.world import NamedBackend, named_backends, refusing_endpoint
 from tests.ends import until
 from tests.modes.redirect_cases import Redirects
+from userspace_proxy.dataplane import process
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.handover import Inherit
 from userspace_proxy.dataplane.plane import LocalPlane
@@ -466,6 +467,48 @@ async def test_listeners_for_which_a_new_worker_has_no_room_are_served_when_it_h
         await until(lambda: not plane.unserved, "it has room")
         assert await ask() == "a"
         assert plane.restarts == 1
+
+
+async def test_a_worker_that_ends_without_room_is_not_followed_by_its_retries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would open listeners twice in the next worker, and take its shortage for the end of it."""
+    monkeypatch.setattr(process, "_ROOM_PAUSE_S", 60)
+    async with running("worker", tmp_path) as plane:
+        assert isinstance(plane, RemotePlane)
+        await plane.open(many(60))
+        for limit in (80, 8_192):
+            before = plane.pids
+            os.kill(before[0], signal.SIGKILL)
+            await until(lambda before=before: plane.pids != before, "another one is started")  # type: ignore[misc]
+            resource.prlimit(plane.pids[0], resource.RLIMIT_NOFILE, (limit, limit))
+            await until(lambda: not plane.failing, "it serves what it has room for")
+            assert bool(plane.unserved) == (limit == 80)
+
+        assert plane.restarts == 2
+        assert "replace the worker process" not in [task.get_name() for task in asyncio.all_tasks()]
+
+
+async def test_a_listener_that_is_opened_anew_before_its_retry_is_served_once(tmp_path: Path) -> None:
+    async with running("worker", tmp_path) as plane:
+        assert isinstance(plane, RemotePlane)
+        specs = many(60)
+        await plane.open(specs)
+        (killed,) = plane.pids
+        os.kill(killed, signal.SIGKILL)
+        await until(lambda: plane.pids != [killed], "another one is started")
+        resource.prlimit(plane.pids[0], resource.RLIMIT_NOFILE, (80, 80))
+        await until(lambda: bool(plane.unserved), "it has no room for all")
+        again = next(each for each in specs if each.name in plane.unserved)
+        few = [again.name, *list(plane.unserved)[1:8]]
+
+        await plane.retire([each.name for each in specs if each.name not in few[1:]])
+        assert await plane.open([again]) == {}
+        await until(lambda: not plane.unserved, "the others are served, too")
+        await plane.retire([again.name])
+
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.to_thread(socket.create_connection, ("127.0.0.1", again.proxy_port), 5)
 
 
 async def test_listeners_go_while_a_new_worker_is_still_sent_all_of_them(

@@ -199,6 +199,9 @@ class Worker:
             if descriptor == LOST:
                 refused.append((spec.name, f"{NO_ROOM}: {os.strerror(errno.EMFILE)}"))
                 continue
+            if spec.name in self._plane.listeners:  # it was refused, then opened anew before this retry
+                close_descriptors([descriptor])
+                continue
             try:
                 sock = socket.socket(fileno=descriptor)
                 state = backends.get(spec.name), memory.get(spec.name.service_port)
