@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from userspace_proxy.dataplane import memory as memory_module
 from userspace_proxy.dataplane.memory import EJECT_S, Memory, PickerMemory, Pin
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.model.endpoint import Endpoint
@@ -37,6 +38,20 @@ def test_a_pin_is_news_once(memory: Memory) -> None:
 
     assert take_news(memory) == PickerMemory([(CLIENT, Pin(ENDPOINT.address, 5.0))], [])
     assert take_news(memory) is None
+
+
+def test_pins_that_no_process_asks_for_take_no_more_room_than_all_pins(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_module, "PINS_MAX", 2)
+    for client in range(6):
+        memory.pin(f"10.98.0.{client}", Pin(ENDPOINT.address, 5.0))
+        memory.forget_old_pins(0.0)
+        assert len(memory._new_pins or ()) <= 2
+
+    news = take_news(memory)
+    assert news is not None
+    assert [client for client, _ in news.pins] == ["10.98.0.4", "10.98.0.5"]
 
 
 def test_an_ejection_and_its_end_are_news(memory: Memory) -> None:

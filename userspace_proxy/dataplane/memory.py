@@ -89,7 +89,7 @@ class Memory:
     last_failures: dict[Address, tuple[float, str]] = field(default_factory=dict)  # wall-clock second and reason
     starting: dict[Address, float] = field(default_factory=dict)  # since when in slow start; oldest first
     has_learnt: bool = True
-    _new_pins: dict[str, Pin] | None = None  # kept after the first `take_news`
+    _new_pins: dict[str, Pin] | None = None  # since the last `take_news`; None for all pins
     _reported_ejected: list[tuple[Address, int, float]] = field(default_factory=list)
     _overtaken: dict[Address, int] = field(default_factory=dict)
     _counters: dict[Address, EndpointCounters] = field(default_factory=dict)
@@ -160,6 +160,8 @@ class Memory:
         self.has_learnt = True
         if self._new_pins is not None:
             self._new_pins[client_ip] = pin
+            if len(self._new_pins) > PINS_MAX:
+                self._new_pins = None  # the next news have all pins
 
     def forget_old_pins(self, now: float) -> None:
         while self.pins:

@@ -216,6 +216,7 @@ class Worker:
     async def _send_news(self) -> None:
         while True:
             await asyncio.sleep(_NEWS_PERIOD_S)
+            await self._channel.sent()  # until a control process that is stopped reads on, pickers gather the news
             await self._send_news_now()
 
     async def _send_news_now(self) -> None:
