@@ -328,7 +328,7 @@ async def test_a_local_port_is_not_used_again_until_it_has_rested(
     with contextlib.ExitStack() as stack:
         backend = stack.enter_context(Backend(ip))
         clients = [stack.enter_context(Client(ip)) for _ in range(4)]
-        stack.enter_context(local_ports(40_000, 40_001))
+        stack.enter_context(local_ports(20_000, 20_001))
         async with running_plane(Limits(udp_port_rest_s=30), now=clock) as plane:
             flows = []
             for client in clients[:2]:
@@ -361,14 +361,14 @@ async def test_flows_to_different_endpoints_share_local_ports(backends: Backends
     """Each is answered from its own, though both ends of a port are sockets of ours."""
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client()) for _ in range(8)]
-        stack.enter_context(local_ports(40_000, 40_003))
+        stack.enter_context(local_ports(20_000, 20_003))
         async with running_plane() as plane:
             await plane.use(*(backend.endpoint for backend in backends))
             flows = []
             for client, backend in zip(clients, backends * 4, strict=True):
                 client.ask()
                 flows.append((await backend.receive())[1])
-            assert {port for _, port in flows} == set(range(40_000, 40_004))
+            assert {port for _, port in flows} == set(range(20_000, 20_004))
             for number, (client, backend, flow) in enumerate(zip(clients, backends * 4, flows, strict=True)):
                 backend.answer(b"%d" % number, flow)
                 assert (await client.receive())[0] == b"%d" % number
@@ -402,7 +402,7 @@ async def test_a_flow_that_was_silent_for_as_long_as_ports_rest_leaves_its_socke
 ) -> None:
     """To the next client, where no port is free; and not if it has an answer that was not read yet."""
     a, _ = backends
-    with local_ports(40_000, 40_000):
+    with local_ports(20_000, 20_000):
         async with running_plane(Limits(udp_port_rest_s=2), now=clock) as plane:
             await plane.use(a.endpoint)
             clients[0].ask()
@@ -452,7 +452,7 @@ async def test_another_process_uses_no_port_that_has_not_rested(backends: Backen
     a, _ = backends
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client(port=UDP_PORT)) for _ in range(5)]
-        stack.enter_context(local_ports(40_000, 40_003))
+        stack.enter_context(local_ports(20_000, 20_003))
         used = []
         async with running_plane() as plane:
             await plane.use(a.endpoint)
