@@ -1147,6 +1147,15 @@ def test_contract_names_objects_and_values_that_are_not_served(text: str, field:
     assert [each["treatment"] for each in told["fields"] if each["field"] == field] == [treatment]
 
 
+def test_the_services_of_another_proxys_name_are_checked_for_that_proxy() -> None:
+    labelled = CONTRACT.replace("labels: {", "labels: {service.kubernetes.io/service-proxy-name: mine, ")
+    twice = labelled.replace("ports:", "ports: [{name: same, port: 81}, {name: same, port: 82}] #")
+    fault = "spec.ports[1].name: the name 'same' is already that of ports[0]"
+
+    assert fault not in check("-", stdin=twice).output
+    assert fault in check("--service-proxy-name", "mine", "-", stdin=twice).output
+
+
 def test_run_does_not_load_the_contract() -> None:
     code = "import sys; import userspace_proxy.runtime.app, userspace_proxy.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -79,6 +79,7 @@ def test_a_name_without_records_of_that_type_has_no_data(name: str, kind: str) -
         "web.other.svc.cluster.local.",
         "other.svc.cluster.local.",
         "no-address.default.pod.cluster.local.",
+        "fe80--1%eth0.default.pod.cluster.local.",
         "any.cluster.local.",
     ],
 )

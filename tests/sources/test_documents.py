@@ -267,6 +267,7 @@ def test_an_alias_stands_for_what_it_names() -> None:
         ("--- \n<html><p>a</p></html>\n", 2, "this is HTML"),
         (SERVICE + "<div class='code'>x: y: z</div>\n", 7, "this is HTML"),
         ("kind: Service\nmetadata:\n\tname: web\n", 3, "a tab is used"),
+        ('{\n\t"kind": "Service"\n\t"spec": {}\n}\n', 3, "write ',' between what is in them"),
         ("kind: Service\nmetadata:\n  name: {{ .Release.Name }}\n", 3, "this is a template"),
         ("kind: Service\nspec:\n  a: b\n c: d\n", 4, "the YAML is broken near 'c: d'"),
         ("kind: Service\nspec: [a\n", 2, "the YAML is broken"),

@@ -153,6 +153,8 @@ def _addresses(ips: Iterable[str]) -> Values:
 
 def _pod(dashed: str) -> Values | None:
     """Return the address that the name of a pod states, whether there is such a pod or not, as kube-dns did."""
+    if "%" in dashed:  # an address with a zone, which no record can hold
+        return None
     for separator in (".", ":"):
         try:
             return _addresses([str(ipaddress.ip_address(dashed.replace("-", separator)))])

@@ -32,7 +32,7 @@ def describe(text: str, error: yaml.YAMLError) -> tuple[int, ConfigError]:
     near = [at for at in (line, _context(error, ""), line - 1) if at is not None and 0 <= at < len(rows)]
     if any(TEMPLATE.search(rows[at]) for at in near):
         return line, template_note(field)
-    if "\t" in row[: len(row) - len(row.lstrip())]:
+    if "\t" in row[: len(row) - len(row.lstrip())] and not text.lstrip().startswith("{"):  # JSON may use tabs
         return line, ConfigError("a tab is used for indentation", field=field, fix="indent with spaces")
     for at in near:
         if sign := sign_in(rows[at], _field(rows[at])):

@@ -65,7 +65,7 @@ def _value_errors(
         unknown[error.field.rpartition(".")[0]].append(error)
     mistyped = [error for error in manifest.errors if not _follows(error, unknown[error.field])]
     by_value = value_errors(kind, plain)
-    refused = list(_decode_errors(manifest, is_misshapen=bool(shape or mistyped)))
+    refused = list(_decode_errors(manifest, options.proxy_name, is_misshapen=bool(shape or mistyped)))
     yield from ((error, True) for error in (*mistyped, *refused))
     yield from ((error, False) for error in by_value)
     # A value that is wrong by itself contradicts others for that reason alone.
@@ -85,10 +85,10 @@ def _follows(error: ConfigError, unknown: Sequence[ConfigError]) -> bool:
     return any(field.reason == error.reason for field in unknown)
 
 
-def _decode_errors(manifest: Manifest, *, is_misshapen: bool) -> Iterator[ConfigError]:
+def _decode_errors(manifest: Manifest, proxy_name: str, *, is_misshapen: bool) -> Iterator[ConfigError]:
     if isinstance(manifest.object, api.Service):
         # Missing ports, or a missing spec, are not reported again if one is misplaced or misspelt.
-        for error in decode.service_errors(manifest.object):
+        for error in decode.service_errors(manifest.object, proxy_name):
             if not (is_misshapen and error.field in ("", "spec")):
                 yield error
 
