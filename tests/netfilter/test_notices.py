@@ -8,8 +8,9 @@ import struct
 
 import pytest
 
+from tests.ends import until
 from userspace_proxy.lab import Lab
-from userspace_proxy.netfilter.notices import RuleWatch, tables_in
+from userspace_proxy.netfilter.notices import NetworkNotices, RuleWatch, tables_in
 
 NFTABLES, NEWTABLE, NEWSETELEM, NEWGEN = 10, 0, 12, 15
 OF_NETFILTER = struct.pack("=BBH", 2, 0, 0)
@@ -100,3 +101,26 @@ async def test_pauses_may_overlap_and_nothing_is_heard_until_the_last_has_ended(
     async with asyncio.timeout(20):
         await heard.wait()
     watch.stop()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "link add left type veth peer name right",
+        "address add 192.0.2.1/32 dev lo",
+        "address add fd00:2::1/128 dev lo",
+        "route add 192.0.2.0/24 dev lo",
+        "-6 route add fd00:2::/64 dev lo",
+    ],
+)
+async def test_a_change_of_the_network_is_noticed_in_either_family(change: str) -> None:
+    noticed = asyncio.Event()
+    with Lab() as lab:
+        host = lab.add("changing")
+        with host.inside():
+            notices = NetworkNotices(noticed.set)
+        try:
+            host.ip(*change.split())
+            await until(noticed.is_set, "the change is noticed", 20.0)
+        finally:
+            notices.close()

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Iterator
 from userspace_proxy import netlink
 from userspace_proxy.netfilter.nfnetlink import ATTR_TABLE, NFTABLES
 
-_GROUPS_LINK_ADDRESS_ROUTE = 0x1 | 0x10 | 0x40
+# Interfaces; addresses and routes of IPv4, then of IPv6 (RTMGRP_... in linux/rtnetlink.h).
+_GROUPS_NETWORK = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
 _SOL_NETLINK = 270
 _ADD_MEMBERSHIP, _DROP_MEMBERSHIP = 1, 2
 _GROUP_NFTABLES = 7
@@ -83,10 +84,10 @@ class RuleNotices(_Notices):
 
 
 class NetworkNotices(_Notices):
-    """Calls *on_change* when interfaces, addresses or IPv4 routes of this host change."""
+    """Calls *on_change* when interfaces, addresses or routes of this host change."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:
-        super().__init__(netlink.ROUTE, _GROUPS_LINK_ADDRESS_ROUTE, on_change)
+        super().__init__(netlink.ROUTE, _GROUPS_NETWORK, on_change)
 
 
 class RuleWatch:
