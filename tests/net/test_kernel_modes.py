@@ -110,8 +110,9 @@ def test_a_stop_lets_open_connections_end_and_leaves_nothing(proxy: Proxy, world
     assert TABLE not in world.node.run("nft", "list", "tables").stdout
 
 
-def test_new_clients_are_refused_while_open_connections_drain(proxy: Proxy, world: ServiceLab) -> None:
-    proxy.start(*FLAGS, "--drain-timeout", "30")
+@pytest.mark.parametrize("mode", ["nftables", "iptables"])
+def test_new_clients_are_refused_while_open_connections_drain(proxy: Proxy, world: ServiceLab, mode: str) -> None:
+    proxy.start("--proxy-mode", mode, *FLAGS[2:], "--drain-timeout", "30")
     with connect(world.client, IP, 80) as sock:
         assert proxy.process is not None
         proxy.process.send_signal(signal.SIGINT)

@@ -17,6 +17,7 @@ from userspace_proxy.model.names import L4Protocol, ListenerName
 from userspace_proxy.model.routes import Refusal, Route
 from userspace_proxy.model.service import Portal, SourceIP, internal_portals
 from userspace_proxy.model.state import ProxyState
+from userspace_proxy.model.topology import Reach
 from userspace_proxy.modes.base_proxier import BaseProxier
 from userspace_proxy.modes.kernel_metrics import kernel_metrics
 from userspace_proxy.modes.kernel_rules import KernelRules, NodeFacts, RuleUpdate, Translation
@@ -111,6 +112,9 @@ def _masqueraded(route: Route) -> Route:
 
 
 def _refusing(made: Translation) -> Translation:
-    """Return *made* with all portals refused: no client waits for an answer, or reaches a server of this node."""
-    routes = (r._replace(to=Refusal.REJECT) if isinstance(r.to, ListenerName) else r for r in made.routes)
-    return replace(made, routes=tuple(routes))
+    """Return *made* without endpoints, with all portals refused.
+
+    So no client waits for an answer, or reaches a server of this node.
+    """
+    routes = tuple(route._replace(to=Refusal.REJECT) for route in made.routes)
+    return replace(made, routes=routes, reaches=dict.fromkeys(made.reaches, Reach()))
