@@ -75,6 +75,14 @@ def test_endpoints_have_slots_by_their_weights() -> None:
     assert Counter(Counter(SlotTable().elements(made)["slots4_tcp_16"].values()).values()) == {12: 1, 4: 1}
 
 
+def test_every_endpoint_has_slots_if_all_weights_are_0() -> None:
+    found = [Endpoint(f"10.244.0.{number}", 80) for number in range(1, 31)]
+    weights = tuple((endpoint.ip, 0) for endpoint in found)
+    made = translation(ServicePort(name("ns/a"), 80, ("10.96.0.9",), weights=weights), *found)
+
+    assert len(set(SlotTable().elements(made)["slots4_tcp_256"].values())) == 30
+
+
 def test_the_slots_do_not_depend_on_what_was_before() -> None:
     assert SlotTable().elements(PINNED) == SlotTable().elements(PINNED)
 

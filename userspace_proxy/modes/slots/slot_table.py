@@ -156,7 +156,7 @@ def _add_endpoints(
     endpoints = [e.address for e in endpoints_of(translation, family, scope)][: max(SIZES.values())]
     number = packed_number(numbers.of_set(name, scope))
     weights = dict(translation.service_port.weights)
-    size = size_for(sum(weights.get(ip, 1) for ip, _ in endpoints) if weights else len(endpoints))
+    size = size_for(sum(weights.get(ip, 1) for ip, _ in endpoints) or len(endpoints))
     packed = {address: packed_ip(address[0]) + packed_port(address[1]) for address in endpoints}
     if timeout_s is None:
         targets, kind = packed, f"slots{family}_{name.protocol.lower()}"
