@@ -223,3 +223,15 @@ async def test_the_addresses_of_the_interface_with_the_default_route_come_first(
             found = await network.host_addresses()
 
     assert found == ("192.0.2.7", "fd00:2::7", "172.17.0.1", "fd00:17::1")
+
+
+async def test_the_private_addresses_of_this_proxy_are_not_those_of_the_host() -> None:
+    with Lab() as lab:
+        host = lab.add("capturing")
+        host.ip("link", "add", "eth0", "type", "veth", "peer", "name", "peer")
+        host.ip("address", "add", "192.0.2.7/24", "dev", "eth0")
+        with host.inside():
+            await network.add_local_addresses()
+            found = await network.host_addresses()
+
+    assert found == ("192.0.2.7",)

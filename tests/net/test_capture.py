@@ -65,6 +65,16 @@ def test_a_pod_at_an_interface_without_address_is_served(
     assert "169.254.77.7" not in world.node.ip("address")
 
 
+def test_a_kernel_mode_needs_no_private_address(serving: Proxy, world: ServiceLab, bare: Host) -> None:
+    plug(world, bare)
+
+    serving.start("--proxy-mode", "nftables")
+
+    assert ask(bare, "10.96.5.1") == "pod1"
+    assert "has no IPv4 address" not in serving.log()
+    assert "169.254.77.7" not in world.node.ip("address")
+
+
 def test_an_interface_without_address_that_comes_later_is_noticed(
     serving: Proxy, world: ServiceLab, bare: Host
 ) -> None:

@@ -185,7 +185,11 @@ async def host_addresses() -> tuple[str, ...]:
 
 
 class Addresses(NamedTuple):
-    """This host's addresses. ``host``: global ones; ``device``: those of the device that holds Services' addresses."""
+    """This host's addresses.
+
+    ``host``: global ones, except the private addresses that this proxy adds. ``device``: those of the device that holds
+    Services' addresses.
+    """
 
     host: tuple[str, ...]
     device: frozenset[str]
@@ -198,7 +202,7 @@ async def look_at_addresses() -> Addresses:
     for link, address in await _addresses():
         if link["ifname"] == SERVICES_DEVICE:
             device |= {address["local"]} if address["scope"] != "link" else set()
-        elif address["scope"] == "global" and "local" in address:
+        elif address["scope"] == "global" and address.get("local") not in (None, LOCAL_ADDRESS4, LOCAL_ADDRESS6):
             own[address["local"]] = None
     return Addresses(tuple(own), frozenset(device))
 

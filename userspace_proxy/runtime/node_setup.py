@@ -108,7 +108,8 @@ async def set_up_node(
     stack.enter_context(contextlib.closing(lock))
     # 3. The node's addresses and limits.
     try:
-        rules = node_rules(settings, mode, await choose_capture(settings.capture))
+        capture = "redirect" if mode.kernel_serves else settings.capture  # kernel modes capture nothing
+        rules = node_rules(settings, mode, await choose_capture(capture))
     except SyncError as error:
         raise StartError(str(error)) from None
     if "primary" in rules.node_port_addresses:
