@@ -145,7 +145,7 @@ class Proxy:
         )
         self._health_filter = HealthFilter(lambda: self._controller.sync_again(), self._warn_of)
         # Desired state made true: sinks, in order.
-        routes = NodeRoutes(
+        self._routes = NodeRoutes(
             settings.service_ranges,
             node.node.addresses if mode.kernel_serves else (),
             discarded=(*settings.service_ranges, *settings.load_balancer_pool),
@@ -163,7 +163,7 @@ class Proxy:
         self._controller = Controller(
             source,
             self._tracker,
-            (routes, self._proxier, self.health_checks, *([node.dns] if node.dns else ())),
+            (self._routes, self._proxier, self.health_checks, *([node.dns] if node.dns else ())),
             Pacer(asyncio.get_running_loop().time, settings.min_sync_period_s, settings.sync_period_s),
             after_sync=self._after_sync,
             health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
@@ -211,7 +211,7 @@ class Proxy:
             "events": node.events.run(),
             "proxier": self._proxier.run(),
             "state writer": self.state_writer.run(),
-            "follow-addresses": follow_addresses(self._tracker, self._controller.sync_again),
+            "follow-addresses": follow_addresses(self._tracker, self._controller.sync_again, self._routes.add_missing),
             "first-sync": self._after_first_sync(),
             "note-ready": self._lifecycle.note_ready(self._controller.ready, node.plane),
             "reap": reap(draining),

@@ -10,7 +10,7 @@ import ipaddress
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from userspace_proxy.control.pools import address_of
 from userspace_proxy.control.tracker import Tracker
@@ -30,10 +30,16 @@ _REDIRECT_LASTS_S = 300.0
 log = logging.getLogger(__name__)
 
 
-async def follow_addresses(tracker: Tracker, sync_again: Callable[[], None]) -> None:
-    """Report this host's addresses to *tracker* after changes of them or of the default route, until cancelled."""
+async def follow_addresses(
+    tracker: Tracker, sync_again: Callable[[], None], add_routes: Callable[[tuple[str, ...]], Awaitable[None]]
+) -> None:
+    """Report this host's addresses to *tracker* after changes of them or of the default route, until cancelled.
+
+    *add_routes* gets the addresses, and adds routes that such a change has removed or made necessary.
+    """
     changed = asyncio.Event()
     notices = NetworkNotices(changed.set)
+    changed.set()  # changes before the first notice are unknown
     try:
         while True:
             await changed.wait()
@@ -43,6 +49,7 @@ async def follow_addresses(tracker: Tracker, sync_again: Callable[[], None]) -> 
             if addresses and tracker.update_addresses(addresses):
                 log.info("this host's addresses are %s now", ", ".join(addresses))
                 sync_again()
+            await add_routes(addresses)
     finally:
         notices.close()
 
@@ -67,6 +74,8 @@ class NodeRoutes:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sources = tuple(sources)
+        self._lock = asyncio.Lock()
+        self._refusal = ""
         self._ranges = list(ranges)
         self._given_discarded = list(discarded)
         self._discarded = self._given_discarded
@@ -80,6 +89,30 @@ class NodeRoutes:
         self._left_at: dict[Network, float] = {}  # the time since which a portal that is still discarded has no user
 
     async def sync(self, state: ProxyState) -> None:
+        async with self._lock:
+            await self._sync(state)
+
+    async def add_missing(self, addresses: tuple[str, ...]) -> None:
+        """Add the routes that are missing since the default route or this host's *addresses* have changed.
+
+        The kernel removes a route with the address that is its source.
+        """
+        async with self._lock:
+            self._sources = self._sources and (addresses or self._sources)
+            if not self._is_first:
+                await self._add((*self._ranges, *self._used))
+
+    async def _add(self, networks: Iterable[Network]) -> None:
+        # One attempt: a refusal, such as by a blackhole route of another program, does not pass by itself.
+        refusal, self._refusal = self._refusal, ""
+        try:
+            await network.add_routes(networks, self._sources)
+        except SyncError as error:
+            self._refusal = str(error)
+            if self._refusal != refusal:
+                log.warning("no route to cluster IPs could be added, clients on this node may fail: %s", error)
+
+    async def _sync(self, state: ProxyState) -> None:
         came, gone = self._note(state)
         discarded = self._given_discarded + ([] if self._ranges else _networks(state.service_cidrs))
         is_another = discarded != self._discarded
@@ -87,11 +120,7 @@ class NodeRoutes:
         if self._is_first or is_another or came or gone:
             await self._discard(came, gone)
         if routed := {*came, *(self._ranges if self._is_first else ())}:
-            # One attempt: a refusal, such as by a blackhole route of another program, does not pass by itself.
-            try:
-                await network.add_routes(routed, self._sources)
-            except SyncError as error:
-                log.warning("no route to cluster IPs could be added, clients on this node may fail: %s", error)
+            await self._add(routed)
         if gone:
             await network.remove_routes_to(gone)
         self._is_first = False
