@@ -136,6 +136,21 @@ def test_cleanup_removes_all_that_is_ours_and_nothing_else(fresh_proxy: Proxy, w
         world.node.ip("route", "del", "10.200.0.0/16", "dev", "lo")
 
 
+def test_cleanup_needs_few_descriptors_on_a_node_with_many_processes(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    fresh_proxy.stop(signal.SIGKILL)
+    others = [subprocess.Popen(["sleep", "60"]) for _ in range(80)]
+    try:
+        command = ("sh", "-c", 'ulimit -n 64 && exec "$@"', "sh", *fresh_proxy.command("cleanup"))
+        assert "nothing of userspace-proxy is left" in world.node.run(*command).stdout
+        assert not traces(world.node)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
 def test_cleanup_leaves_a_running_proxy_alone(fresh_proxy: Proxy, world: ServiceLab) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start()

@@ -43,12 +43,14 @@ def _orphaned_dns(stack: contextlib.ExitStack) -> list[int]:
     """Return a pidfd of each DNS process in this network namespace, which *stack* closes."""
     found, here = [], Path("/proc/self/ns/net").stat().st_ino
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        # OSError: it has ended, or is another user's.
+        with contextlib.suppress(OSError), contextlib.ExitStack() as of_process:
             pidfd = os.pidfd_open(int(process.name))
-            stack.callback(os.close, pidfd)
+            of_process.callback(os.close, pidfd)
             arguments = (process / "cmdline").read_bytes().split(b"\0")
             if DNS_MODULE.encode() in arguments and (process / "ns/net").stat().st_ino == here:
                 found.append(pidfd)
+                stack.push(of_process.pop_all())
     return found
 
 
