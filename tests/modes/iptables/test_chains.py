@@ -157,6 +157,15 @@ def test_masquerade_rules_depend_on_the_pod_detector() -> None:
     assert f"-s 10.245.0.0/24 {here} -j MARK --set-xmark 0x0/0x4000" in service_rules(plain, 4, two)[svc]
 
 
+def test_source_ranges_apply_to_a_load_balancer_ip_that_is_also_an_external_ip() -> None:
+    ip = "203.0.113.5"
+    made = replace(WEB, node_port=0, external_ips=(ip,), load_balancer_ips=(ip,), source_ranges=("192.168.0.0/16",))
+
+    rules = service_rules(translation(made, NEAR4), 4, HOW)[SERVICES]
+
+    assert [rule.rpartition("-j ")[2][:8] for rule in rules if f"-d {ip}/" in rule] == ["KUBE-FW-"]
+
+
 def test_a_portal_that_another_has_is_left_to_it() -> None:
     made = translation(LOCAL, *ALL)
     node_port = node_portal(4, LOCAL.node_port, TCP)

@@ -318,7 +318,8 @@ class _Writer:
         there = self._there
         for portal in self._own_portals(self._sp.cluster_ips):
             yield from self._cluster_ip(portal)
-        for portal in self._own_portals(self._sp.external_ips):
+        # An address that is both is a load balancer IP: its source ranges apply, whichever rule comes first.
+        for portal in self._own_portals(ip for ip in self._sp.external_ips if ip not in self._sp.load_balancer_ips):
             yield from self._external_ip(portal, " external IP", self._ext)
         yield from self._load_balancer_ips()
         yield from self._node_port()
