@@ -65,6 +65,22 @@ def test_a_pod_at_an_interface_without_address_is_served(
     assert "169.254.77.7" not in world.node.ip("address")
 
 
+@pytest.mark.parametrize("rules", ["nftables", "iptables"])
+@pytest.mark.parametrize(("family", "ip"), [("-4", "10.96.5.1"), ("-6", "fd00:96::5")])
+def test_a_routing_rule_for_replies_that_another_program_removes_is_added_again(
+    serving: Proxy, world: ServiceLab, rules: str, family: str, ip: str
+) -> None:
+    """As systemd-networkd does when it starts again: it removes rules that it did not make."""
+    serving.rules = rules
+    serving.start("--source-ip", "transparent")
+    assert ask(world.client, ip) == "pod1"
+
+    world.node.ip(family, "rule", "del", "priority", "10777")
+
+    wait_until(lambda: answers(world.client, ip, 80) == "pod1", "clients are served again")
+    serving.wait_logged("our rules were removed or changed by another program")
+
+
 def test_a_kernel_mode_needs_no_private_address(serving: Proxy, world: ServiceLab, bare: Host) -> None:
     plug(world, bare)
 

@@ -15,6 +15,7 @@ from userspace_proxy.netfilter.nfnetlink import ATTR_TABLE, NFTABLES
 
 # Interfaces; addresses and routes of IPv4, then of IPv6 (RTMGRP_... in linux/rtnetlink.h).
 _GROUPS_NETWORK = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
+_GROUPS_RULES = 0x80 | 0x40000
 _SOL_NETLINK = 270
 _ADD_MEMBERSHIP, _DROP_MEMBERSHIP = 1, 2
 _GROUP_NFTABLES = 7
@@ -88,6 +89,13 @@ class NetworkNotices(_Notices):
 
     def __init__(self, on_change: Callable[[], None]) -> None:
         super().__init__(netlink.ROUTE, _GROUPS_NETWORK, on_change)
+
+
+class RoutingRuleNotices(_Notices):
+    """Calls *on_change* when routing rules (``ip rule``) of this host change."""
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        super().__init__(netlink.ROUTE, _GROUPS_RULES, on_change)
 
 
 class RuleWatch:

@@ -4,6 +4,7 @@ nft loads what changed, iptables-restore all rules. After a refused load the rul
 """
 
 import logging
+from collections.abc import Callable
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import is_installed, load_nft
@@ -16,6 +17,7 @@ from userspace_proxy.modes.xtables_script import ChainKey
 from userspace_proxy.netfilter import xtables
 from userspace_proxy.netfilter.nfnetlink import count_rules
 from userspace_proxy.netfilter.nft_text import removal
+from userspace_proxy.netfilter.notices import RoutingRuleNotices
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,17 @@ class NftKernel(ElementTables):
 
     async def remove_rules(self) -> None:
         await super().remove()
+
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        await super().watch(on_change)
+        self._replies.watch(on_change)
+
+    def unwatch(self) -> None:
+        self._replies.unwatch()
+        super().unwatch()
+
+    async def is_intact(self) -> bool:
+        return await super().is_intact() and await self._replies.are_intact()
 
     def _has_all_rules(self) -> bool:
         return super()._has_all_rules() and (self._facts is None or _is_bridge_table_intact(self._facts))
@@ -93,11 +106,19 @@ class IptablesKernel(XtablesRules):
             for _, tool in xtables.installed_families():
                 await xtables.restore(tool, iptables.removal(await xtables.save(tool)))
 
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        await super().watch(on_change)
+        self._replies.watch(on_change)
+
+    def unwatch(self) -> None:
+        self._replies.unwatch()
+        super().unwatch()
+
     async def _are_loaded(self) -> bool:
         for family, tool in xtables.families():
             if iptables.ours(await xtables.save(tool)) != self._loaded.get(family):
                 return False
-        return True
+        return await self._replies.are_intact()
 
 
 KERNELS: dict[str, type[NftKernel | IptablesKernel]] = {"nftables": NftKernel, "iptables": IptablesKernel}
@@ -125,12 +146,27 @@ class _ReplyRoutes:
 
     def __init__(self) -> None:
         self._are_there: bool | None = None  # None: unknown
+        self._versions: list[str] = []  # the IP families that have them
+        self._notices: RoutingRuleNotices | None = None
+
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """Call *on_change* when another program may have removed them, until `unwatch`."""
+        self._notices = RoutingRuleNotices(lambda: on_change() if self._are_there else None)
+
+    def unwatch(self) -> None:
+        if self._notices is not None:
+            self._notices.close()
+            self._notices = None
+
+    async def are_intact(self) -> bool:
+        """Return whether the routes are there, as far as they were added."""
+        return not self._are_there or await transparent_replies.has_transparent_routes(self._versions)
 
     async def add(self, facts: NodeFacts, *, again: bool) -> None:
         """Add them before the rules are loaded. *again*: another program may have removed them."""
         if not facts.transparent or (self._are_there and not again):
             return
-        await transparent_replies.add_transparent_routes()
+        self._versions = await transparent_replies.add_transparent_routes()
         for errors in (True, False):
             try:
                 await load_nft(transparent_replies.bridge_table(errors=errors))

@@ -101,21 +101,37 @@ _TRANSPARENT_RULE = (
 _TRANSPARENT_ROUTE = ("local", "default", "dev", "lo", "table", "10777", "proto", ROUTE_PROTOCOL)
 
 
-async def add_transparent_routes() -> None:
+async def add_transparent_routes() -> list[str]:
     """Route marked replies to this node's own sockets. May be repeated.
+
+    Return the IP families, as options of ``ip``, in which it succeeded.
 
     Raises:
         SyncError: refused for IPv4. Without IPv6, only a warning is logged.
     """
+    added = []
     for version in ("-4", "-6"):
         try:
             await run_tool("ip", version, "route", "replace", *_TRANSPARENT_ROUTE)
             if not await run_ip(version, "rule", "show", *_TRANSPARENT_RULE):
                 await run_tool("ip", version, "rule", "add", *_TRANSPARENT_RULE)
+            added.append(version)
         except SyncError as error:
             if version == "-4":
                 raise
             log.warning("IPv6 clients cannot be served transparently: %s", error)
+    return added
+
+
+async def has_transparent_routes(versions: Sequence[str]) -> bool:
+    """Return whether the routes and rules of `add_transparent_routes` are there in *versions*, which it returned."""
+    for version in versions:
+        routes = await run_ip(version, "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)
+        if not any(route.get("table") == "10777" for route in routes):
+            return False
+        if not await run_ip(version, "rule", "show", *_TRANSPARENT_RULE):
+            return False
+    return True
 
 
 async def remove_transparent_routes() -> None:
