@@ -77,7 +77,7 @@ def test_configz_read_as_a_configuration_gives_the_same_settings(tmp_path: Path,
     read = read_configuration(file)
 
     assert (Settings(**read.settings), read.named) == (settings, [])
-    assert set(read.settings) == counted, "every field of the table was set"
+    assert set(read.settings) == counted, "give each new field a value in the Settings above"
 
 
 @pytest.mark.parametrize(

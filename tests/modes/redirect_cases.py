@@ -210,4 +210,5 @@ def assert_golden(file_name: str, text: str) -> None:
     path = _GOLDEN / file_name
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
+    assert path.exists(), f"{path} is missing; UPDATE_GOLDEN=1 in the environment writes it"
     assert path.read_text() == text

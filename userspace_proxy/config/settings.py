@@ -1,7 +1,7 @@
 """The table of settings: one entry for each, with its flag, its default, its unit and the reason for both.
 
-Flags, the file of `run --config`, /configz and the reference pages come from this table, so a new setting is one entry
-here. Flags have kube-proxy's names if the meaning is the same.
+Flags and the reference pages come from this table, and for settings with a ``field`` the file of `run --config` and
+/configz, too. So a new setting is one entry here. Flags have kube-proxy's names if the meaning is the same.
 """
 
 import dataclasses

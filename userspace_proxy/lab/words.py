@@ -12,6 +12,7 @@ from userspace_proxy.errors import ConfigError
 from userspace_proxy.lab.cluster import GRACE_S, Cluster, SimulatedPod
 from userspace_proxy.lab.workloads import WORKLOADS
 from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.modes import MODES
 
 _ALIASES = {"deploy": "deployment", "rs": "replicaset", "sts": "statefulset", "ds": "daemonset", "po": "pod"}
 _ALIASES |= {"rc": "replicationcontroller", "svc": "service", "ep": "endpoints"}
@@ -214,7 +215,7 @@ class Words:
 
     async def _mode(self, request: Request) -> str:
         if not request.names:
-            raise WordError("usage: mode userspace|iptables|nftables|ipvs|none")
+            raise WordError(f"usage: mode {'|'.join((*MODES, NO_MODE))}")
         await self._set_mode(mode := request.names[0])
         return (
             "the proxy has ended; `mode userspace` starts it again"

@@ -135,9 +135,19 @@ def test_annotations_choose_the_scheduler_and_the_weights() -> None:
     assert virtual_servers(made, (), "lc", missing={"wrr", "lc"})[WEB].scheduler == "rr"
 
 
-@pytest.mark.parametrize(
-    ("balance", "scheduler"), list(zip(Balance, ("wrr", "wlc", "twos", "mh"), strict=True)), ids=list(Balance)
-)
+SCHEDULERS = {
+    Balance.ROUND_ROBIN: "wrr",
+    Balance.LEAST_CONNECTIONS: "wlc",
+    Balance.RANDOM: "twos",
+    Balance.SOURCE_HASH: "mh",
+}
+
+
+def test_every_balancing_algorithm_has_a_scheduler() -> None:
+    assert SCHEDULERS.keys() == set(Balance)
+
+
+@pytest.mark.parametrize(("balance", "scheduler"), SCHEDULERS.items(), ids=SCHEDULERS)
 def test_a_balancing_algorithm_is_a_scheduler_unless_another_one_is_annotated(balance: Balance, scheduler: str) -> None:
     service_port = ServicePort(name("ns/a"), 80, ("10.96.0.1",), balance=balance)
 

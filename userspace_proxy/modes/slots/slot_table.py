@@ -1,4 +1,4 @@
-"""The nftables table of nftables mode, which ipvs mode shares: its sets and maps, rules and elements. Pure.
+"""The nftables table of the modes nftables and ipvs: its sets and maps, rules and elements. Pure.
 
 A look-up of a packet's destination, one for each kind of sender, yields a number. The packet carries it in its
 *priority*, which nothing reads before the packet leaves, when it is cleared. The number says whether the packet is
@@ -33,7 +33,10 @@ from userspace_proxy.netfilter.sets import Elements, SetKind, packed_ip, packed_
 
 
 class SlotTable(ServiceTable):
-    """The table of nftables mode. Another mode overrides what differs: the methods up to `other_elements`."""
+    """The table of nftables mode. Another mode's is a subclass.
+
+    It has a `name` of its own, and overrides what differs: the methods up to `other_elements`.
+    """
 
     name = "inet userspace_proxy_nat"  # family and name
     filled_by_kernel = PINS
