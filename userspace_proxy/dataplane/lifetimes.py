@@ -119,7 +119,7 @@ class Lifetimes:
 
     async def look(self, now: float) -> None:
         """Close what has to be closed at *now*."""
-        async for connection, until in in_slices(list(self._wait_until.items()), self._keeper.now):
+        async for connection, until in in_slices(list(self._wait_until.items()), self._policy_loop.now):
             if now >= until and connection in self._wait_until:
                 self._counters.waits_expired += 1
                 connection.on_failed("no endpoint came in time")
@@ -162,10 +162,10 @@ class Lifetimes:
 
     def _leave_some(self, connections: Iterator[TcpConnection], due: Collection[Address], *, at_once: bool) -> None:
         """Let *connections* leave the endpoints that are *due*, in each turn for LEAVING_S."""
-        until = self._keeper.now() + LEAVING_S
+        until = self._policy_loop.now() + LEAVING_S
         for connection in connections:
             connection.leave_endpoints(due, at_once=at_once)
-            if self._keeper.now() >= until:
+            if self._policy_loop.now() >= until:
                 self._poller.again(partial(self._leave_some, connections, due, at_once=at_once))
                 return
 
