@@ -316,20 +316,24 @@ def test_a_stopped_proxy_leaves_no_socket(running: Proxy) -> None:
     running.start()
 
 
-@pytest.mark.parametrize("mode", ["nftables", "iptables"])
-def test_a_kernel_mode_names_the_facts_that_it_cannot_read(running: Proxy, mode: str) -> None:
+# Weights that are all 0 are ignored; iptables mode ignores all.
+@pytest.mark.parametrize(
+    ("mode", "first", "second", "share"), [("nftables", 0, 0, 0.5), ("nftables", 3, 1, 0.75), ("iptables", 1, 0, 0.5)]
+)
+def test_a_kernel_mode_names_the_facts_that_it_cannot_read(
+    running: Proxy, mode: str, first: int, second: int, share: float
+) -> None:
     running.stop()
     running.start("--proxy-mode", mode)
-    # Weights that are all 0 are ignored.
-    weights = f'"userspace-proxy/weights": "{POD1}=0,{POD2}=0"'
+    weights = f'"userspace-proxy/weights": "{POD1}={first},{POD2}={second}"'
     running.apply("k", documents(with_annotation("k", "10.96.9.6", weights), endpoints("k", POD1, POD2)))
     wait_until(lambda: told(running, "why", "k")["next"], "the Service is served")
 
     answer = told(running, "why", "k")
 
     assert [(each["endpoint"], each["probability"]) for each in answer["next"]] == [
-        (f"{POD1}:8080", 0.5),
-        (f"{POD2}:8080", 0.5),
+        (f"{POD1}:8080", share),
+        (f"{POD2}:8080", 1 - share),
     ]
     assert answer["next"][0]["why"] == f"at random, by {mode}"
     assert "the kernel does not tell" in answer["unknown"][0]

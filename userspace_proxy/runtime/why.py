@@ -145,7 +145,7 @@ class Explainer:
             choices = of_listeners.get(to, ()) if isinstance(to, ListenerName) else ()
             if case.client or case.service_port.balance is not Balance.SOURCE_HASH:
                 return [Candidate(join_address(*c.address), round(c.probability, 4), c.why) for c in choices]
-        weights = dict(case.service_port.weights)
+        weights = self._weights(case)
         shares = {endpoint: weights.get(endpoint.ip, 1) for endpoint in case.candidates}
         if not any(shares.values()):  # weights are ignored then
             shares = dict.fromkeys(shares, 1)
@@ -154,10 +154,13 @@ class Explainer:
         why = mode.choice if mode.kernel_serves else "by the hash of the client's address; give --client"
         return [Candidate(str(endpoint), round(share / total, 4), why) for endpoint, share in shares.items() if share]
 
+    def _weights(self, case: _Case) -> Mapping[str, int]:
+        return dict(case.service_port.weights) if "weights" in self.proxy.mode.annotations else {}
+
     def _unused(self, case: _Case) -> list[Unused]:
         """Return why each of the other endpoints does not get the next connection."""
         chosen = {candidate.endpoint for candidate in self._next(case)} if case.candidates else set()
-        seen, weights = by_address(case.details), dict(case.service_port.weights)
+        seen, weights = by_address(case.details), self._weights(case)
         found = []
         for endpoint in case.desired:
             if str(endpoint) not in chosen:
