@@ -95,6 +95,14 @@ def test_without_flags_all_rules_are_printed_without_reasons() -> None:
     assert all(name in whole for name in ("shop/web:http", "shop/dns:dns", "office/web"))
 
 
+def test_node_ports_are_at_the_primary_address_of_this_host_as_in_run(host: Host) -> None:
+    host.ip("address", "add", "192.0.2.1/32", "dev", "lo")
+
+    shown = render("-", "--proxy-mode", "nftables", before=host.command()).stdout
+
+    assert "ip daddr { 192.0.2.1/32 } fib daddr type local ip daddr != 127.0.0.0/8 jump node_ports4" in shown
+
+
 def test_a_missing_service_is_reported_in_one_line() -> None:
     done = render("-", "--service", "db")
 

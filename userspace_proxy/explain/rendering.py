@@ -1,5 +1,6 @@
 """Renders the rules that `run` would load, with a reason for each line. Nothing is loaded."""
 
+import asyncio
 import logging
 from collections.abc import Collection
 from dataclasses import replace
@@ -11,6 +12,7 @@ from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import Note, StartError
 from userspace_proxy.explain.lines import Explained, Line
+from userspace_proxy.host import network
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.redirects import Capture
 from userspace_proxy.model.service import ServicePort
@@ -112,7 +114,8 @@ def _read(settings: Settings) -> _Given:
     if settings.state_dir is not None:
         state_dir = open_state_dir(settings.state_dir)
     memory = state_dir.load() if state_dir else SavedAllocations()
-    tracker = Tracker(make_allocations(settings, memory), here=Node(settings.node_name), source_ip=settings.source_ip)
+    here = Node(settings.node_name, addresses=asyncio.run(network.host_addresses()))
+    tracker = Tracker(make_allocations(settings, memory), here=here, source_ip=settings.source_ip)
     manifests, problems = read_once(settings.paths, for_check=False)
     if not manifests and not problems:
         raise StartError(nothing_found(settings.paths))

@@ -1,6 +1,5 @@
 """``--proxy-mode ipvs``: loads virtual servers, their addresses on a device of this proxy, and nftables rules."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -102,8 +101,7 @@ class IpvsTables:
         self._check_s = 0.0
 
     def rules(self, translations: Mapping[ServicePortName, Translation], facts: NodeFacts) -> Rules:
-        host_ips = facts.node.addresses or asyncio.run(network.host_addresses())
-        return rules(translations.values(), facts, host_ips, self._scheduler)
+        return rules(translations.values(), facts, facts.node.addresses, self._scheduler)
 
     def metrics(self) -> Iterator[Metric]:
         return iter(())
