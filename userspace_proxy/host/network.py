@@ -77,8 +77,9 @@ async def add_routes(networks: Iterable[Network], sources: Iterable[str] = ()) -
     for family in FAMILIES:
         if not (of_family := [n for n in desired if n.version == family]):
             continue
-        routes = await live_routes(family)
-        if all(route.prefixlen for route in routes) and (missing := missing_routes(of_family, routes)):
+        # There may be 100,000 other routes.
+        if all(route.get("type") in _DEAD_ROUTES for route in await run_ip(f"-{family}", "route", "show", "default")):
+            missing = missing_routes(of_family, await live_routes(family))
             lines = (f"route add {n} dev lo{source.get(family, '')} proto {ROUTE_PROTOCOL}" for n in missing)
             await run_batch(family, *lines)
             added += missing
