@@ -426,6 +426,18 @@ def leave_room(pid: int, descriptors: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]))
 
 
+def limit_next(plane: RemotePlane, descriptors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the worker processes that start after this call open so many *descriptors*."""
+    (worker,) = plane._workers
+    start = process.WorkerProcess.start
+
+    def limited() -> None:
+        start(worker)
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
+    monkeypatch.setattr(worker, "start", limited)
+
+
 async def test_listeners_for_which_a_worker_has_no_room_are_refused_and_the_others_served(
     tmp_path: Path, three: tuple[NamedBackend, ...]
 ) -> None:
@@ -448,17 +460,17 @@ async def test_listeners_for_which_a_worker_has_no_room_are_refused_and_the_othe
 
 
 async def test_listeners_for_which_a_new_worker_has_no_room_are_served_when_it_has(
-    tmp_path: Path, three: tuple[NamedBackend, ...]
+    tmp_path: Path, three: tuple[NamedBackend, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running("worker", tmp_path) as plane:
         assert isinstance(plane, RemotePlane)
         specs = many(100)
         await plane.open([*specs, spec()])
         await plane.update(backends(three[0].endpoint))
+        limit_next(plane, 80, monkeypatch)
         (killed,) = plane.pids
         os.kill(killed, signal.SIGKILL)
         await until(lambda: plane.pids != [killed], "another one is started")
-        resource.prlimit(plane.pids[0], resource.RLIMIT_NOFILE, (80, 80))
 
         await until(lambda: bool(plane.unserved), "it has no room for all")
         assert not plane.failing
@@ -478,10 +490,10 @@ async def test_a_worker_that_ends_without_room_is_not_followed_by_its_retries(
         assert isinstance(plane, RemotePlane)
         await plane.open(many(60))
         for limit in (80, 8_192):
+            limit_next(plane, limit, monkeypatch)
             before = plane.pids
             os.kill(before[0], signal.SIGKILL)
             await until(lambda before=before: plane.pids != before, "another one is started")  # type: ignore[misc]
-            resource.prlimit(plane.pids[0], resource.RLIMIT_NOFILE, (limit, limit))
             await until(lambda: not plane.failing, "it serves what it has room for")
             assert bool(plane.unserved) == (limit == 80)
 
@@ -489,15 +501,17 @@ async def test_a_worker_that_ends_without_room_is_not_followed_by_its_retries(
         assert "replace the worker process" not in [task.get_name() for task in asyncio.all_tasks()]
 
 
-async def test_a_listener_that_is_opened_anew_before_its_retry_is_served_once(tmp_path: Path) -> None:
+async def test_a_listener_that_is_opened_anew_before_its_retry_is_served_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with running("worker", tmp_path) as plane:
         assert isinstance(plane, RemotePlane)
         specs = many(60)
         await plane.open(specs)
+        limit_next(plane, 80, monkeypatch)
         (killed,) = plane.pids
         os.kill(killed, signal.SIGKILL)
         await until(lambda: plane.pids != [killed], "another one is started")
-        resource.prlimit(plane.pids[0], resource.RLIMIT_NOFILE, (80, 80))
         await until(lambda: bool(plane.unserved), "it has no room for all")
         again = next(each for each in specs if each.name in plane.unserved)
         few = [again.name, *list(plane.unserved)[1:8]]
