@@ -139,6 +139,24 @@ def test_unserved_packets_are_not_forwarded_back(
     assert strays() > 0, "the test sees strays"
 
 
+@pytest.mark.parametrize("version", ["-4", "-6"])
+def test_routing_rules_that_another_program_removes_are_added_again(
+    node: Host, fresh_proxy: Proxy, version: str
+) -> None:
+    """As systemd-networkd does when it starts again: it removes rules that it did not make."""
+
+    def rules() -> list[str]:
+        return sorted(node.ip(version, "rule").splitlines())
+
+    fresh_proxy.start(*RANGES)
+    before = rules()
+    for priority in ("10778", "10779"):
+        node.ip(version, "rule", "del", "priority", priority)
+    assert rules() != before
+
+    wait_until(lambda: rules() == before, "the rules are back")
+
+
 def test_networks_inside_of_the_range_are_reached_as_before(node: Host, world: ServiceLab, fresh_proxy: Proxy) -> None:
     node.ip("route", "add", "10.96.200.0/24", "via", ServiceLab.pod_ip(1))
     world.pods[1].ip("address", "add", "10.96.200.1/32", "dev", "lo")

@@ -42,7 +42,7 @@ from userspace_proxy.runtime.cleanup import remove_others, require_net_admin
 from userspace_proxy.runtime.desired_state import lint_options, make_allocations, make_proxy_ports
 from userspace_proxy.runtime.inspection import Inspection
 from userspace_proxy.runtime.lifecycle import Ending, Lifecycle, child_processes, kept_listeners, reap, restart_with
-from userspace_proxy.runtime.node_network import NodeRoutes, follow_addresses, leave_network
+from userspace_proxy.runtime.node_network import NodeRoutes, follow_addresses, follow_routing_rules, leave_network
 from userspace_proxy.runtime.node_setup import NodeSetup, set_up_node
 from userspace_proxy.runtime.reports import Reports
 from userspace_proxy.runtime.running import RunningProxy
@@ -212,6 +212,7 @@ class Proxy:
             "proxier": self._proxier.run(),
             "state writer": self.state_writer.run(),
             "follow-addresses": follow_addresses(self._tracker, self._controller.sync_again, self._routes.add_missing),
+            "follow-routing-rules": follow_routing_rules(self._routes.discard_again),
             "first-sync": self._after_first_sync(),
             "note-ready": self._lifecycle.note_ready(self._controller.ready, node.plane),
             "reap": reap(draining),

@@ -20,7 +20,7 @@ from userspace_proxy.host.network import Network
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
-from userspace_proxy.netfilter.notices import NetworkNotices
+from userspace_proxy.netfilter.notices import NetworkNotices, RoutingRuleNotices
 
 # Each Pod that comes or goes causes notices, and each look takes some tens of milliseconds of CPU.
 _ADDRESSES_SETTLE_S = 1.0
@@ -50,6 +50,23 @@ async def follow_addresses(
                 log.info("this host's addresses are %s now", ", ".join(addresses))
                 sync_again()
             await add_routes(addresses)
+    finally:
+        notices.close()
+
+
+async def follow_routing_rules(discard_again: Callable[[], Awaitable[None]]) -> None:
+    """Call *discard_again* after changes of this host's routing rules, until cancelled.
+
+    Another program may have removed those of the discard routes: systemd-networkd does so when it starts.
+    """
+    changed = asyncio.Event()
+    notices = RoutingRuleNotices(changed.set)
+    try:
+        while True:
+            await changed.wait()
+            await asyncio.sleep(_ADDRESSES_SETTLE_S)
+            changed.clear()
+            await discard_again()
     finally:
         notices.close()
 
@@ -101,6 +118,12 @@ class NodeRoutes:
             self._sources = self._sources and (addresses or self._sources)
             if not self._is_first:
                 await self._add((*self._ranges, *self._used))
+
+    async def discard_again(self) -> None:
+        """Restore discard routes that another program has removed."""
+        async with self._lock:
+            if not self._is_first:
+                await self._discard(set(), set())
 
     async def _add(self, networks: Iterable[Network]) -> None:
         # One attempt: a refusal, such as by a blackhole route of another program, does not pass by itself.
