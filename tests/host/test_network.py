@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import itertools
 import json
@@ -223,6 +224,22 @@ async def test_the_addresses_of_the_interface_with_the_default_route_come_first(
             found = await network.host_addresses()
 
     assert found == ("192.0.2.7", "fd00:2::7", "172.17.0.1", "fd00:17::1")
+
+
+async def test_an_ipv6_address_is_this_hosts_once_no_other_host_can_have_it() -> None:
+    with Lab() as lab:
+        host = lab.add("detecting")
+        for knob in ("all", "default"):
+            host.set_knob(f"ipv6/conf/{knob}/accept_dad", 1)
+        host.ip("link", "add", "eth0", "type", "veth", "peer", "name", "peer")
+        host.ip("link", "set", "eth0", "up")
+        host.ip("address", "add", "fd00:2::7/64", "dev", "eth0")
+        with host.inside():
+            assert await network.host_addresses() == (), "without a carrier the detection cannot begin"
+            host.ip("link", "set", "peer", "up")
+            async with asyncio.timeout(20):
+                while await network.host_addresses() != ("fd00:2::7",):
+                    await asyncio.sleep(0.1)
 
 
 async def test_the_private_addresses_of_this_proxy_are_not_those_of_the_host() -> None:

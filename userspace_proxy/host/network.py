@@ -7,7 +7,7 @@ what a crashed process left.
 import contextlib
 import ipaddress
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,9 +204,16 @@ async def look_at_addresses() -> Addresses:
     for link, address in await _addresses():
         if link["ifname"] == SERVICES_DEVICE:
             device |= {address["local"]} if address["scope"] != "link" else set()
-        elif address["scope"] == "global" and address.get("local") not in (None, LOCAL_ADDRESS4, LOCAL_ADDRESS6):
+        elif _is_own(address):
             own[address["local"]] = None
     return Addresses(tuple(own), frozenset(device))
+
+
+def _is_own(address: Mapping[str, Any]) -> bool:
+    """Return whether *address* is global, in use, and not one that this proxy adds."""
+    if address["scope"] != "global" or address.get("local") in (None, LOCAL_ADDRESS4, LOCAL_ADDRESS6):
+        return False
+    return not address.get("tentative")  # IPv6: another host may have it, and no socket can be bound to it yet
 
 
 async def look_at_networks() -> tuple[frozenset[str], tuple[Network, ...]]:
