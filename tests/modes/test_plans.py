@@ -202,6 +202,8 @@ def test_health_checks_are_answered_at_the_addresses_that_node_ports_are_kept_to
     assert ips() == ()
     assert ips("primary") == ("192.0.2.1", "2001:db8::1")
     assert ips("192.0.2.8/29", "127.0.0.0/8") == ("192.0.2.9", "127.0.0.1")
+    assert ips("0.0.0.0/0") == ips("0.0.0.0/0", "192.0.2.8/29", "::/0") == ()
+    assert ips("0.0.0.0/0", "2001:db8::/64") == (*HERE.addresses, "127.0.0.1")
 
 
 def test_a_change_of_endpoints_changes_no_rule_of_userspace_mode_except_for_the_first_and_the_last() -> None:

@@ -85,6 +85,8 @@ class NodeRules:
     def node_port_ips(self, node: Node) -> tuple[str, ...]:
         """Return the addresses of *node* that serve node ports; empty for all."""
         on = [ipaddress.ip_network(cidr, strict=False) for cidr in self.node_ports_on(node)]
+        if {network.version for network in on} == {network.version for network in on if not network.prefixlen}:
+            return ()  # not those that the Node states, as one of them may be on a gateway
         own = (*node.addresses, "127.0.0.1", "::1")
         return tuple(ip for ip in own if any(ipaddress.ip_address(ip) in network for network in on))
 
