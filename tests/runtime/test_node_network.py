@@ -12,6 +12,8 @@ from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.host.network import host_addresses
 from userspace_proxy.lab import Lab
+from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
 from userspace_proxy.runtime.node_network import NodeRoutes, follow_addresses
@@ -72,7 +74,9 @@ async def test_a_route_to_cluster_ips_that_a_change_took_away_or_made_necessary_
         with host.inside():
             found = await host_addresses()
             routes = NodeRoutes([ip_network("10.96.0.0/16")], found)
-            await routes.sync(ProxyState())
+            port = ServicePort(ServicePortName(NamespacedName("a", "b"), "", L4Protocol.TCP), 80, ("10.97.0.1",))
+            await routes.sync(ProxyState({port.name: port}, {port.name: ()}))
+            has_outside = "10.97.0.1" in host.ip("route", "show")
             tracker = Tracker(Allocations(), here=Node("host", addresses=found))
             following = asyncio.create_task(follow_addresses(tracker, lambda: None, routes.add_missing))
             try:
@@ -80,5 +84,6 @@ async def test_a_route_to_cluster_ips_that_a_change_took_away_or_made_necessary_
                 host.ip(*gone.split())
                 route = f"10.96.0.0/16 dev lo proto 107 scope link src {source}"
                 await until(lambda: route in host.ip("route", "show"), "there is a route", 20.0)
+                assert ("10.97.0.1" in host.ip("route", "show")) is has_outside
             finally:
                 following.cancel()

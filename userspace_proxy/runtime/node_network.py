@@ -93,6 +93,7 @@ class NodeRoutes:
         self._sources = tuple(sources)
         self._lock = asyncio.Lock()
         self._refusal = ""
+        self._routed: set[Network] = set()  # the routes that were added
         self._ranges = list(ranges)
         self._given_discarded = list(discarded)
         self._discarded = self._given_discarded
@@ -112,12 +113,13 @@ class NodeRoutes:
     async def add_missing(self, addresses: tuple[str, ...]) -> None:
         """Add the routes that are missing since the default route or this host's *addresses* have changed.
 
-        The kernel removes a route with the address that is its source.
+        The kernel removes a route with the address that is its source. Routes to addresses outside of the ranges are
+        not made where there were none: when the default route comes back, it leads to other ports of these.
         """
         async with self._lock:
             self._sources = self._sources and (addresses or self._sources)
             if not self._is_first:
-                await self._add((*self._ranges, *self._used))
+                await self._add({*self._ranges, *self._routed})
 
     async def discard_again(self) -> None:
         """Restore discard routes that another program has removed."""
@@ -129,7 +131,7 @@ class NodeRoutes:
         # One attempt: a refusal, such as by a blackhole route of another program, does not pass by itself.
         refusal, self._refusal = self._refusal, ""
         try:
-            await network.add_routes(networks, self._sources)
+            self._routed.update(await network.add_routes(networks, self._sources))
         except SyncError as error:
             self._refusal = str(error)
             if self._refusal != refusal:
@@ -145,6 +147,7 @@ class NodeRoutes:
         if routed := {*came, *(self._ranges if self._is_first else ())}:
             await self._add(routed)
         if gone:
+            self._routed -= gone
             await network.remove_routes_to(gone)
         self._is_first = False
 
