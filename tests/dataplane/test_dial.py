@@ -33,6 +33,7 @@ from userspace_proxy.dataplane.listener import BaseListener
 from userspace_proxy.dataplane.memory import EJECT_S, OVERTAKEN_MAX, Memory
 from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.poller import FAILED, WRITE
+from userspace_proxy.dataplane.suspects import PROOF_S
 from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.listeners import ListenerSpec
@@ -423,6 +424,13 @@ def test_an_endpoint_that_answers_after_its_ejection_is_logged_once(caplog: pyte
         there.attempt()
 
     assert caplog.text.count("takes connections again") == 1
+
+
+def test_a_suspect_that_connects_late_has_the_whole_time_to_prove_itself() -> None:
+    there = world(Fate(RACE_S - PROOF_S / 2), NEAR)
+    there.listener.suspects.note_reset(there.endpoints[0].address, there.network.now_s)
+
+    assert there.attempt().took_s == pytest.approx(RACE_S + PROOF_S / 2)
 
 
 def test_a_suspect_that_proved_itself_and_then_broke_is_followed_by_another_endpoint() -> None:

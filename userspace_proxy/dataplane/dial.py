@@ -263,6 +263,7 @@ class Dial:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         if self._proving is None:
             self._proving = {}
+            self._clear_deadlines()  # that of a race could come before the end of the proof
             self._listener.context.deadlines[PROOF].add(self)
         self._proving[sock] = events
 
