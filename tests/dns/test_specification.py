@@ -182,10 +182,28 @@ def test_of_more_endpoints_as_many_as_fit_take_turns() -> None:
 
 @pytest.mark.parametrize("edns", [False, True])
 def test_an_answer_that_is_too_long_is_truncated(edns: bool) -> None:
-    answer = ask(responder({"db": many(200)}), f"db{DOMAIN}", limit_bytes=1_232 if edns else 512)
+    limit_bytes = 1_232 if edns else 512
+    of = responder({"db": many(200)})
+
+    answer, services = ask(of, f"db{DOMAIN}", limit_bytes=limit_bytes), ask(of, f"db{DOMAIN}", "ANY", limit_bytes)
 
     assert answer.flags & dns.flags.TC
-    assert answer.answer == []
+    assert services.flags & dns.flags.TC
+    assert services.answer == []
+    (addresses,) = answer.answer
+    assert len(addresses) > 25, "clients without TCP, such as musl's before 1.2.4, use these"
+    assert limit_bytes - 16 < len(answer.to_wire(max_size=65_535)) <= limit_bytes
+
+
+def test_each_address_of_a_headless_service_is_the_first_one_in_turn() -> None:
+    of = responder({"db": many(3)})
+
+    def first() -> str:
+        (addresses,) = ask(of, f"db{DOMAIN}").answer
+        assert len(addresses) == 3
+        return str(addresses[0])
+
+    assert [first() for _ in range(6)] == ["10.0.0.0", "10.0.0.1", "10.0.0.2"] * 2
 
 
 def test_the_services_of_the_specification_have_no_mistakes() -> None:

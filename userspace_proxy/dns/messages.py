@@ -9,7 +9,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import dnslib
 
@@ -156,7 +156,8 @@ class PackedAnswer(NamedTuple):
     """A packed answer without its question, which each client writes in its own way.
 
     ``counts``: of the records in ``body``, by section. ``surplus``: packed records of the answer section, if they do
-    not fit into one message; then the body is empty.
+    not fit into one message; then the body is empty. ``each_bytes``: the length of each record if the body has nothing
+    but addresses, so that any number of them in any order is an answer; else 0.
     """
 
     rcode: int
@@ -164,6 +165,12 @@ class PackedAnswer(NamedTuple):
     counts: tuple[int, int, int] = (0, 0, 0)
     body: bytes = b""
     surplus: tuple[bytes, ...] = ()
+    each_bytes: int = 0
+
+    def turned(self, by: int) -> Self:
+        """Return the same addresses, of which another one is the first. Many clients use the first one only."""
+        first = by % self.counts[0] * self.each_bytes
+        return self._replace(body=self.body[first:] + self.body[:first])
 
 
 def pack_answer(
@@ -206,13 +213,19 @@ def fitting(answer: PackedAnswer, first: int) -> PackedAnswer:
 
 
 def reply(question: Question, answer: PackedAnswer, limit_bytes: int) -> bytes:
-    """Return *answer* as a message for *question*. If longer than *limit_bytes*, it has no records and the TC flag."""
-    rcode, flags, (answers, authorities, additionals), body, surplus = answer
+    """Return *answer* as a message for *question*.
+
+    If it is longer than *limit_bytes*, it has the TC flag, and as many addresses as fit for a client without TCP (RFC
+    2181, 9). Other records are left out.
+    """
+    rcode, flags, (answers, authorities, additionals), body, surplus, each_bytes = answer
     edns = b""
     if question.edns_bytes is not None:
         edns = _ANSWER_OPT if rcode <= RCODE_MASK else _ANSWER_OPT[:5] + bytes([rcode >> 4]) + _ANSWER_OPT[6:]
-    if surplus or HEADER.size + len(question.text) + len(body) + len(edns) > limit_bytes:
-        flags, body, answers, authorities, additionals = flags | TRUNCATED, b"", 0, 0, 0
+    room_bytes = limit_bytes - HEADER.size - len(question.text) - len(edns)
+    if surplus or len(body) > room_bytes:
+        answers = max(0, room_bytes) // each_bytes if each_bytes else 0
+        flags, body, authorities, additionals = flags | TRUNCATED, body[: answers * each_bytes], 0, 0
     flags |= QR | question.flags & _ECHOED | rcode & RCODE_MASK
     head = HEADER.pack(
         question.id, flags, 1 if question.text else 0, answers, authorities, additionals + (1 if edns else 0)

@@ -5,11 +5,13 @@ from collections.abc import Iterable
 
 from userspace_proxy.dns import messages
 from userspace_proxy.dns.messages import (
+    AAAA,
     ANY,
     CNAME,
     NXDOMAIN,
     SERVFAIL,
     SRV,
+    A,
     PackedAnswer,
     Question,
     Record,
@@ -80,7 +82,7 @@ class Responder:
         if answer.surplus:
             self.cut += 1
             return messages.fitting(answer, self.cut * _STEP % len(answer.surplus))
-        return answer
+        return answer.turned(self.hits) if answer.each_bytes else answer
 
     def _keep(self, key: bytes, owners: Iterable[Labels], answer: PackedAnswer) -> None:
         self._bytes += len(answer.body) + sum(map(len, answer.surplus))
@@ -120,4 +122,7 @@ class Responder:
             for each, ips in (self.zone.find(tuple(target.lower().split("."))) or {}).items()
             for ip in ips
         )
-        return pack_answer(messages.NOERROR, messages.AUTHORITATIVE, records + found, additionals=additionals), names
+        answer = pack_answer(messages.NOERROR, messages.AUTHORITATIVE, records + found, additionals=additionals)
+        if kind in (A, AAAA) and len(found) > 1 and not records:
+            answer = answer._replace(each_bytes=len(answer.body) // len(found))
+        return answer, names
