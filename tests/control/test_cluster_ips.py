@@ -135,6 +135,10 @@ def test_a_deleted_services_address_is_free_but_waits_for_it_to_come_back() -> N
         ({"ipFamilyPolicy": "RequireDualStack", "ipFamilies": ["IPv6"]}, [6, 4]),
         ({"ipFamilies": ["IPv6", "IPv4"]}, [6, 4]),
         ({"ipFamilyPolicy": "SingleStack", "ipFamilies": ["IPv6"]}, [6]),
+        ({"clusterIP": "10.96.0.20", "ipFamilyPolicy": "PreferDualStack"}, [4, 6]),
+        ({"clusterIP": "fd00::20", "ipFamilyPolicy": "RequireDualStack"}, [6, 4]),
+        ({"clusterIP": "fd00::20", "ipFamilies": ["IPv6", "IPv4"]}, [6, 4]),
+        ({"clusterIP": "fd00::20"}, [6]),
     ],
 )
 def test_a_service_gets_an_address_of_each_family_it_wants(spec: dict[str, Any], families: list[int]) -> None:

@@ -170,21 +170,27 @@ class ManifestAllocations(Allocations):
         ]
 
     def _cluster_ip_requests(self, name: NamespacedName, service: api.Service) -> Iterator[ValueRequest]:
-        if given := decode.given_cluster_ips(service):
-            for field, ip in given:
-                if why := self._hosts.cluster_ip_fault(ip, self._ranges):
-                    fix = "choose another one, leave it out, or change --service-cluster-ip-range"
-                    raise ConfigError(why, field=field, fix=fix)
-                yield ValueRequest(ValueKind.CLUSTER_IP, f"{name}/IPv{family_of(ip)}", field, ip)
-            return
-        for pool in self._wanted_ranges(service):
+        given = decode.given_cluster_ips(service)
+        for field, ip in given:
+            if why := self._hosts.cluster_ip_fault(ip, self._ranges):
+                fix = "choose another one, leave it out, or change --service-cluster-ip-range"
+                raise ConfigError(why, field=field, fix=fix)
+            yield ValueRequest(ValueKind.CLUSTER_IP, f"{name}/IPv{family_of(ip)}", field, ip)
+        if not given:
+            pools = self._wanted_ranges(service)
+        elif _ip_family_policy(service) == "SingleStack":
+            pools = []
+        else:
+            stated = {family_of(ip) for _, ip in given}
+            pools = [pool for pool in self._cluster_ranges if pool.family not in stated]
+        for pool in pools:
             key, fix = f"{name}/IPv{pool.family}", "widen --service-cluster-ip-range"
             yield ValueRequest(ValueKind.CLUSTER_IP, key, "spec.clusterIP", pool=pool, fix=fix)
 
     def _wanted_ranges(self, service: api.Service) -> list[AddressRange]:
         assert service.spec is not None
         families = service.spec.ip_families or []
-        policy = service.spec.ip_family_policy or ("RequireDualStack" if len(families) > 1 else "SingleStack")
+        policy = _ip_family_policy(service)
         by_family = {f"IPv{pool.family}": pool for pool in self._cluster_ranges}
         if families and not by_family.keys() & set(families):
             raise ConfigError(
@@ -277,6 +283,12 @@ def _without_lost(
         for portal, why in sorted(why_not.items(), key=lambda item: (stated[item[0]], str(item[0])))
     ]
     return replace(allocation, lost=frozenset(why_not)), problems
+
+
+def _ip_family_policy(service: api.Service) -> str:
+    assert service.spec is not None
+    families = service.spec.ip_families or []
+    return service.spec.ip_family_policy or ("RequireDualStack" if len(families) > 1 else "SingleStack")
 
 
 def _family(request: ValueRequest) -> Family:
