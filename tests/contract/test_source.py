@@ -581,6 +581,17 @@ async def test_of_an_object_that_stands_twice_the_first_counts_and_the_second_is
         assert not told.source.problems
 
 
+async def test_of_an_object_that_stands_twice_the_first_file_by_name_counts_whichever_came_first(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "b.yaml").write_text(service("a", 2))
+
+    async with following(tmp_path) as told:
+        (tmp_path / "a.yaml").write_text(service("a", 1))
+        await told.until(lambda: told.ports == {"a": 1})
+        assert f"already at {tmp_path}/a.yaml:5" in told.source.problems[f"{tmp_path}/b.yaml:5"]
+
+
 async def test_a_file_of_another_tool_is_no_problem_and_hides_nothing(tmp_path: Path) -> None:
     (tmp_path / "values.yaml").write_text("replicaCount: 1\n")
     (tmp_path / "web.yaml").write_text("{{- if .Values.on }}\nkind: Service\n{{- end }}\n---\n" + service("a"))

@@ -435,7 +435,8 @@ class FileSource:
                 self._holders[key] = (*self._holders.get(key, ()), manifest)
         self._duplicated -= touched.keys()
         repeated = {key for key in touched if len(self._holders[key]) > 1}
-        order = {path: index for index, path in enumerate(self._files)} if repeated else {}
+        # As a fresh start reads them, so that it serves the same.
+        order = {shown(path): index for index, path in enumerate(self._present({}))} if repeated else {}
         for key in touched:
             if key in repeated:
                 places = {m: (order.get(m.place.document.path, -1), m.place.document.line) for m in self._holders[key]}
