@@ -119,6 +119,10 @@ def get(
         _print_rows([row for row in rows if _without_ages(row) not in before], widths)
 
 
+def _joined(texts: Sequence[str]) -> str:
+    return ", ".join(texts) or "<none>"
+
+
 @click.command()
 @click.argument("kind", type=click.Choice(["service", "services", "svc"]), metavar="service")
 @click.argument("name")
@@ -137,9 +141,9 @@ def describe(kind: str, name: str, *, namespace: str, output: str | None, contro
         "Namespace": service["namespace"],
         "Type": service["type"],
         "Selector": _labels(service["selector"]),
-        "IPs": ", ".join(service["cluster_ips"]) or "<none>",
-        "External IPs": ", ".join(service["external_ips"]) or "<none>",
-        "Ports": ", ".join(service["ports"]) or "<none>",
+        "IPs": _joined(service["cluster_ips"]),
+        "External IPs": _joined(service["external_ips"]),
+        "Ports": _joined(service["ports"]),
         **answer["facts"],
         **({"Problem": service["problem"]} if service["problem"] else {}),
     }

@@ -126,11 +126,12 @@ class ChildProcess(Generic[A]):
                 # Before it notices the closed channel, which it would take for the death of this process.
                 self._process.terminate()
             self.failing = f"{self._kind} process {self.pid} {broken or 'has ended'}"
-            if self._respawn is not None:
-                self._respawn.cancel()  # it may repeat to the next process what this one had no room for
-            self._respawn = asyncio.create_task(
-                self._replace(self._process, broken), name=f"replace the {self._kind} process"
-            )
+            self._begin_to_replace(self._process, broken)
+
+    def _begin_to_replace(self, process: subprocess.Popen[bytes], broken: str) -> None:
+        if self._respawn is not None:
+            self._respawn.cancel()  # it may repeat to the next process what this one had no room for
+        self._respawn = asyncio.create_task(self._replace(process, broken), name=f"replace the {self._kind} process")
 
     async def _replace(self, process: subprocess.Popen[bytes], broken: str) -> None:
         """Start another process in place of *process*, even if that does not exit: its channel is closed."""

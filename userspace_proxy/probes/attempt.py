@@ -74,15 +74,9 @@ class Attempt:
 
     def _advance(self) -> Result:
         if not self._is_connected:
-            if (error := self.sock.connect_ex(self._address)) in _IN_PROGRESS:
+            self._is_connected = self._connect()
+            if not self._is_connected:
                 return None
-            if error == errno.EAGAIN:  # of a datagram socket: this host has no local port left (inet_autobind)
-                error = errno.EADDRNOTAVAIL
-            if error:
-                raise OSError(error, os.strerror(error))
-            self._is_connected = True
-            if is_self_connected(self.sock, self._address):
-                return os.strerror(errno.ECONNREFUSED).lower()
             match self._spec.kind:
                 case ProbeKind.TCP:
                     return ""
@@ -95,6 +89,19 @@ class Attempt:
         while (result := judge(self.sock.recv(_READ_BYTES))) is None:
             pass
         return result
+
+    def _connect(self) -> bool:
+        """Return whether the connection is there already. Raises OSError."""
+        error = self.sock.connect_ex(self._address)
+        if error in _IN_PROGRESS:
+            return False
+        if error == errno.EAGAIN:  # of a datagram socket: this host has no local port left (inet_autobind)
+            error = errno.EADDRNOTAVAIL
+        if not error and is_self_connected(self.sock, self._address):
+            error = errno.ECONNREFUSED
+        if error:
+            raise OSError(error, os.strerror(error))
+        return True
 
     def _request(self) -> bytes:
         lines = (
