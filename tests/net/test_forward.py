@@ -150,9 +150,8 @@ def test_a_killed_endpoint_fails_the_requests_that_it_has_received_and_no_others
     load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: len(ended_connections(forward)) > 300, "the load runs")
-        servers[0].send_signal(signal.SIGSTOP)  # so that some of its requests wait
-        before = len(ended_connections(forward))
-        wait_until(lambda: len(ended_connections(forward)) > before + 20, "other servers answer")
+        servers[0].send_signal(signal.SIGSTOP)
+        wait_until(lambda: unread_requests(world.pods[0]) > 0, "requests wait at it")
         servers[0].kill()
         servers[0].wait(20)
         killed_at = time.time()
@@ -205,6 +204,13 @@ def is_listening(pod: Host) -> bool:
     except OSError:
         return False
     return True
+
+
+def unread_requests(pod: Host) -> int:
+    """Return the number of connections at SLOW_PORT with bytes that the server of *pod* has not read."""
+    rows = [line.split() for line in pod.run("cat", "/proc/net/tcp").stdout.splitlines()[1:]]
+    at_server = [row for row in rows if row[1].endswith(f":{SLOW_PORT:04X}") and row[3] == "01"]
+    return sum(int(row[4].partition(":")[2], 16) > 0 for row in at_server)
 
 
 @dataclass(frozen=True)
