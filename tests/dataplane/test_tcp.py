@@ -45,7 +45,7 @@ from tests.dataplane.world import (
 from tests.ends import PATIENCE_S, End, open_descriptors, settled, until
 from tests.fakes import FakeClock
 from userspace_proxy.dataplane.connections import Limits
-from userspace_proxy.dataplane.sockets import open_listener, prepare_listener, stream_socket
+from userspace_proxy.dataplane.sockets import lowest_ephemeral_port, open_listener, prepare_listener, stream_socket
 from userspace_proxy.dataplane.suspects import PROOF_S, RESETS_MAX
 from userspace_proxy.dataplane.tcp import ACCEPTS_A_TURN
 from userspace_proxy.model.access_record import UNANSWERED
@@ -619,6 +619,14 @@ async def test_a_connection_that_would_meet_itself_is_refused(plane: Plane) -> N
     assert (await plane.counters()).ejections == 1
 
 
+def test_a_change_of_the_ports_that_the_kernel_chooses_is_noticed_in_the_next_period() -> None:
+    with local_ports(40_000, 40_001):
+        assert lowest_ephemeral_port(1) == 40_000
+        Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("20000 40001")
+        assert lowest_ephemeral_port(1) == 40_000
+        assert lowest_ephemeral_port(2) == 20_000
+
+
 async def test_a_client_that_resets_while_its_backend_is_dialled_leaves_nothing(plane: Plane) -> None:
     before = open_descriptors()
     with Listener() as live, vanished(VANISHING_IPS[0]):
@@ -638,10 +646,12 @@ def local_ports(first: int, last: int) -> Iterator[None]:
     knob = Path("/proc/sys/net/ipv4/ip_local_port_range")
     before = knob.read_text()
     knob.write_text(f"{first} {last}")
+    lowest_ephemeral_port.cache_clear()
     try:
         yield
     finally:
         knob.write_text(before)
+        lowest_ephemeral_port.cache_clear()
 
 
 async def test_when_all_local_ports_towards_an_endpoint_are_in_use_another_takes_over_and_none_is_ejected(

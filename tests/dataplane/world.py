@@ -153,10 +153,10 @@ def named_backends(*names: str) -> Iterator[tuple[NamedBackend, ...]]:
 
 
 def refusing_endpoint(address: str = "127.0.0.1") -> Endpoint:
-    """Return an endpoint without a listener."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.create_server((address, 0), family=family) as listener:
-        return Endpoint(*listener.getsockname()[:2])
+    """Return an endpoint without a listener, at a port that no ended connection occupies either."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+        sock.bind((address, 0))  # without SO_REUSEADDR
+        return Endpoint(*sock.getsockname()[:2])
 
 
 class Plane:

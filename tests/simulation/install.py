@@ -151,7 +151,7 @@ def installed(buffer_bytes: int = BUFFER_BYTES) -> Iterator[None]:
         patch.setattr(sockets, "SocketType", _open)
         patch.setattr(attempt, "SocketType", _open_probe)
         patch.setattr(attempt, "stream_socket", _stream_for_probe)
-        patch.setattr(sockets, "_lowest_ephemeral_port", lambda: 1 << 16)
+        patch.setattr(sockets, "lowest_ephemeral_port", lambda _period: 1 << 16)
         patch.setattr(copy, "fcntl", SimpleNamespace(ioctl=_queued))
         patch.setattr(copy, "BUFFER_BYTES", buffer_bytes)
         patch.setattr(copy, "_buffer", bytearray(buffer_bytes))

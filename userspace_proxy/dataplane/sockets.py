@@ -5,6 +5,7 @@ import errno
 import functools
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import SocketType
@@ -26,6 +27,7 @@ _LINGER_0 = struct.pack("ii", 1, 0)
 
 # A peer is dead after this number of lost probes; an outage may last from the first to the last.
 _KEEPALIVE_PROBES = 5
+_EPHEMERAL_S = 10.0
 _KEEPALIVE_MAX_S = 32_767  # of TCP_KEEPIDLE and TCP_KEEPINTVL (include/net/tcp.h)
 
 # Plain ints: combining enum members costs a look-up each time.
@@ -270,11 +272,13 @@ def is_self_connected(sock: SocketType, address: Address) -> bool:
     This happens if nothing listens at a local address and the kernel chooses the dialled port as source port (TCP
     simultaneous open, RFC 9293). Both ends are then the same socket, and it receives what it sends.
     """
-    return address[1] >= _lowest_ephemeral_port() and sock.getsockname()[:2] == address
+    lowest = lowest_ephemeral_port(time.monotonic() // _EPHEMERAL_S)
+    return address[1] >= lowest and sock.getsockname()[:2] == address
 
 
-@functools.cache
-def _lowest_ephemeral_port() -> int:
+@functools.lru_cache(maxsize=1)
+def lowest_ephemeral_port(_period: float) -> int:
+    """Return the lowest port that the kernel chooses. It is read once in each *_period*: an operator may change it."""
     try:
         return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except (OSError, ValueError, IndexError):
