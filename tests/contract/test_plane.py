@@ -501,7 +501,7 @@ async def test_a_worker_that_ends_without_room_is_not_followed_by_its_retries(
         assert "replace the worker process" not in [task.get_name() for task in asyncio.all_tasks()]
 
 
-async def test_a_listener_that_is_opened_anew_before_its_retry_is_served_once(
+async def test_a_listener_that_is_opened_again_before_its_retry_is_served_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running("worker", tmp_path) as plane:

@@ -199,7 +199,7 @@ class Worker:
             if descriptor == LOST:
                 refused.append((spec.name, f"{NO_ROOM}: {os.strerror(errno.EMFILE)}"))
                 continue
-            if spec.name in self._plane.listeners:  # it was refused, then opened anew before this retry
+            if spec.name in self._plane.listeners:  # refused at first, and opened since by another request
                 close_descriptors([descriptor])
                 continue
             try:

@@ -20,7 +20,7 @@ _POLL_S, _POLL_SHARE = 0.7, 0.05
 log = logging.getLogger(__name__)
 
 
-class _WatchedRules:
+class WatchedRules:
     """Rules in *tables*, by their names without family."""
 
     def __init__(self, tables: Iterable[str]) -> None:
@@ -34,7 +34,7 @@ class _WatchedRules:
         self._watch.stop()
 
 
-class NftRules(_WatchedRules):
+class NftRules(WatchedRules):
     """Rules in one nftables *table* (``family name``). Subclasses load them."""
 
     def __init__(self, table: str) -> None:
@@ -77,7 +77,7 @@ class NftRules(_WatchedRules):
                 await load_nft(removal(self._table))
 
 
-class XtablesRules(_WatchedRules):
+class XtablesRules(WatchedRules):
     """Rules of iptables in several tables. Subclasses load them, and look for them in `_are_loaded`."""
 
     def __init__(self, tables: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from userspace_proxy.model.endpoint import Family
 from userspace_proxy.modes.element_tables import ElementTables
 from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate
 from userspace_proxy.modes.userspace import iptables, nft, transparent_replies
-from userspace_proxy.modes.watched_rules import XtablesRules, all_or_first_error
+from userspace_proxy.modes.watched_rules import WatchedRules, XtablesRules, all_or_first_error
 from userspace_proxy.modes.xtables_script import ChainKey
 from userspace_proxy.netfilter import xtables
 from userspace_proxy.netfilter.nfnetlink import count_rules
@@ -22,7 +22,21 @@ from userspace_proxy.netfilter.notices import RoutingRuleNotices
 log = logging.getLogger(__name__)
 
 
-class NftKernel(ElementTables):
+class _WithReplyRoutes(WatchedRules):
+    """Watches the reply routes, too. It comes before the loader among the bases of a class."""
+
+    _replies: "_ReplyRoutes"
+
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        await super().watch(on_change)
+        self._replies.watch(on_change)
+
+    def unwatch(self) -> None:
+        self._replies.unwatch()
+        super().unwatch()
+
+
+class NftKernel(_WithReplyRoutes, ElementTables):
     """Rules in one nftables table, with reply routes while a listener needs them."""
 
     def __init__(self) -> None:
@@ -42,14 +56,6 @@ class NftKernel(ElementTables):
     async def remove_rules(self) -> None:
         await super().remove()
 
-    async def watch(self, on_change: Callable[[], None]) -> None:
-        await super().watch(on_change)
-        self._replies.watch(on_change)
-
-    def unwatch(self) -> None:
-        self._replies.unwatch()
-        super().unwatch()
-
     async def is_intact(self) -> bool:
         return await super().is_intact() and await self._replies.are_intact()
 
@@ -57,7 +63,7 @@ class NftKernel(ElementTables):
         return super()._has_all_rules() and (self._facts is None or _is_bridge_table_intact(self._facts))
 
 
-class IptablesKernel(XtablesRules):
+class IptablesKernel(_WithReplyRoutes, XtablesRules):
     """Rules loaded by ``iptables-restore``, in one transaction for each table of each family."""
 
     def __init__(self) -> None:
@@ -105,14 +111,6 @@ class IptablesKernel(XtablesRules):
         with self._watch.quiet():
             for _, tool in xtables.installed_families():
                 await xtables.restore(tool, iptables.removal(await xtables.save(tool)))
-
-    async def watch(self, on_change: Callable[[], None]) -> None:
-        await super().watch(on_change)
-        self._replies.watch(on_change)
-
-    def unwatch(self) -> None:
-        self._replies.unwatch()
-        super().unwatch()
 
     async def _are_loaded(self) -> bool:
         for family, tool in xtables.families():
