@@ -13,6 +13,8 @@ from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, asked_ip, client_add
 from userspace_proxy.dataplane.sockets import IP_PKTINFO
 from userspace_proxy.lab import ip
 
+SO_PEEK_OFF = 42  # not in the socket module of Python 3.11
+
 
 @contextlib.contextmanager
 def front(family: socket.AddressFamily) -> Iterator[socket.socket]:
@@ -34,6 +36,16 @@ def client_of(sock: socket.socket, asked: str) -> Iterator[socket.socket]:
         yield client
 
 
+def wait_for(number: int, sock: socket.socket) -> None:
+    """Wait until *sock* has *number* datagrams, and take none: on a busy machine they arrive after `send` returns."""
+    sock.settimeout(5)
+    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    for _ in range(number):
+        sock.recv(65_536, socket.MSG_PEEK)
+    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+    sock.setblocking(False)
+
+
 @pytest.mark.parametrize(
     ("family", "asked"),
     [(socket.AF_INET, "127.0.0.2"), (socket.AF_INET6, "127.0.0.2"), (socket.AF_INET6, "::1")],
@@ -44,6 +56,7 @@ def test_the_reply_record_leads_to_the_client_from_the_address_it_asked(
     batch = Batch()
     with front(family) as sock, client_of(sock, asked) as client:
         client.send(b"who")
+        wait_for(1, sock)
         ((record, length, room),) = batch.receive(sock.fileno())
         assert (client_address(record), bytes(room[:length])) == (client.getsockname()[:2], b"who")
 
@@ -74,6 +87,7 @@ def test_a_reply_from_a_link_local_address_leaves_at_its_interface(link_local: t
         client.settimeout(5)
         client.bind((CLIENT_IP6, 0))
         client.sendto(b"", (link_local[0], sock.getsockname()[1], *link_local[2:]))
+        wait_for(1, sock)
         ((record, _, _),) = batch.receive(sock.fileno())
         assert asked_ip(record) == link_local[0]
 
@@ -88,6 +102,7 @@ def test_a_client_has_the_same_record_each_time_and_another_has_another() -> Non
     with front(socket.AF_INET6) as sock, client_of(sock, "127.0.0.1") as a, client_of(sock, "127.0.0.1") as b:
         for client in (a, b, a):
             client.send(b"")
+        wait_for(3, sock)
         first, second, third = (record for record, _, _ in batch.receive(sock.fileno()))
 
     assert first == third != second
@@ -98,6 +113,7 @@ def test_what_is_more_than_a_batch_waits_for_the_next() -> None:
     with front(socket.AF_INET6) as sock, client_of(sock, "127.0.0.1") as client:
         for number in range(MESSAGES + 1):
             client.send(b"%d" % number)
+        wait_for(MESSAGES + 1, sock)
         got = [[bytes(room[:length]) for _, length, room in batch.receive(sock.fileno())] for _ in range(3)]
 
     assert [len(part) for part in got] == [MESSAGES, 1, 0]
@@ -109,6 +125,7 @@ def test_a_refused_datagram_is_counted_and_delays_no_other(refused: tuple[int, .
     batch = Batch()
     with front(socket.AF_INET6) as sock, client_of(sock, "127.0.0.1") as client:
         client.send(b"")
+        wait_for(1, sock)
         ((record, _, _),) = batch.receive(sock.fileno())
         to_port_zero = record[:2] + bytes(2) + record[4:]  # EINVAL
         for index in range(3):
@@ -117,7 +134,7 @@ def test_a_refused_datagram_is_counted_and_delays_no_other(refused: tuple[int, .
 
         assert batch.send(sock.fileno(), 3) == len(refused)
 
-        client.setblocking(False)
+        wait_for(3 - len(refused), client)
         for index in {0, 1, 2} - set(refused):
             assert client.recv(10) == b"%d" % index
         with pytest.raises(BlockingIOError):
