@@ -22,7 +22,7 @@ from userspace_proxy.lab import Host, Lab, enter_namespaces, prepare
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.redirects import PodDetector
-from userspace_proxy.model.service import ServicePort, SourceIP
+from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes import MODES
 from userspace_proxy.modes.kernel_mode import KernelMode
@@ -37,7 +37,7 @@ _CHANGES = 21
 def translation(number: int, *endpoints: Endpoint) -> Translation:
     name = ServicePortName(NamespacedName("default", f"svc-{number}"), "http", L4Protocol.TCP)
     service_port = ServicePort(name, 80, (f"10.{96 + number // 62_500}.{number // 250 % 250}.{number % 250 + 1}",))
-    made = plan(service_port, endpoints, _HERE, detects_pods=True, source_ip=SourceIP.TRANSPARENT)
+    made = plan(service_port, endpoints, _HERE, detects_pods=True, in_kernel=True)
     return Translation(service_port, made.routes, made.reaches)
 
 

@@ -84,7 +84,7 @@ def test_clients_that_may_wait_are_led_to_the_empty_listener_but_not_in_kernel_m
     given = ServicePort(NAME, 80, ("10.96.0.1",), connections=ConnectionPolicy(wait_s=30.0))
 
     assert made(given, of=()).ports == {CLUSTER_IP: 10_000}
-    kernel = plan(given, (), HERE, detects_pods=True, source_ip=SourceIP.TRANSPARENT)
+    kernel = plan(given, (), HERE, detects_pods=True, in_kernel=True)
     assert {route.to for route in kernel.routes} == {Refusal.REJECT}
 
 

@@ -9,7 +9,7 @@ from tests.modes.redirect_cases import TCP, UDP, name
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.redirects import PodDetector
-from userspace_proxy.model.service import ServicePort, SourceIP, load_balancer_portals
+from userspace_proxy.model.service import ServicePort, load_balancer_portals
 from userspace_proxy.model.topology import Node, serving_endpoints
 from userspace_proxy.modes.kernel_rules import Translation
 from userspace_proxy.modes.plans import allowed_to_dial, plan
@@ -22,7 +22,7 @@ ALL = (NEAR4, NEAR6, FAR4, FAR6)
 
 
 def translation(service_port: ServicePort, *endpoints: Endpoint, detects_pods: bool = True) -> Translation:
-    planned = plan(service_port, endpoints, HERE, detects_pods=detects_pods, source_ip=SourceIP.TRANSPARENT)
+    planned = plan(service_port, endpoints, HERE, detects_pods=detects_pods, in_kernel=True)
     portals = load_balancer_portals(service_port) if service_port.source_ranges else ()
     allowed = {portal: allowed_to_dial(service_port, portal, HERE) for portal in portals}
     return Translation(service_port, planned.routes, planned.reaches, allowed, serving_endpoints(endpoints))

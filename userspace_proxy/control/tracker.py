@@ -7,7 +7,6 @@ therefore costs nothing here.
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
@@ -60,7 +59,7 @@ class Tracker:
         self._served: dict[NamespacedName, api.Service] = {}  # the latest version without conflicts with others
         self._origins: dict[NamespacedName, Origin] = {}
         self._since: dict[NamespacedName, float] = {}  # wall-clock second of the first good version
-        self._slices: dict[NamespacedName, dict[NamespacedName, api.EndpointSlice]] = defaultdict(dict)
+        self._slices: dict[NamespacedName, tuple[api.EndpointSlice, ...]] = {}  # by Service; most have one
         self._service_of_slice: dict[NamespacedName, NamespacedName] = {}
         self._endpoints: dict[NamespacedName, api.Endpoints] = {}
         self._pods: dict[NamespacedName, api.Pod] = {}
@@ -104,7 +103,7 @@ class Tracker:
 
     def related(self, name: NamespacedName, most: int) -> Iterator[api.KubernetesObject]:
         """Yield the slices and Endpoints of the Service *name*, and at most *most* Pods, first of its namespace."""
-        yield from self._slices.get(name, {}).values()
+        yield from self._slices.get(name, ())
         if name in self._endpoints:
             yield self._endpoints[name]
         own = (pod for of, pod in self._pods.items() if of.namespace == name.namespace)
@@ -118,7 +117,7 @@ class Tracker:
         return has_changed
 
     def apply(self, events: Iterable[ObjectEvent]) -> None:
-        """Record *events*. `state` then returns their effect."""
+        """Record *events*. `state` then returns their effect. The name of an event is that in its object's metadata."""
         for event in events:
             if event.type is EventType.SYNCED:
                 continue
@@ -184,14 +183,14 @@ class Tracker:
     def _set_slice(self, name: NamespacedName, given: object) -> None:
         before = self._service_of_slice.pop(name, None)
         if before is not None:
-            self._slices[before].pop(name, None)
-            if not self._slices[before]:
-                del self._slices[before]
+            pieces = self._slices.pop(before)
+            if others := tuple(piece for piece in pieces if piece.metadata.name != name.name):
+                self._slices[before] = others
             self._changed.add(before)
         if isinstance(given, api.EndpointSlice):
             service = decode.service_of(given, name.namespace)
             if service is not None:
-                self._slices[service][name] = given
+                self._slices[service] = (*self._slices.get(service, ()), given)
                 self._service_of_slice[name] = service
                 self._changed.add(service)
 
@@ -256,7 +255,7 @@ class Tracker:
         return self._state
 
     def _update_changed(self) -> set[NamespacedName]:
-        """Compute the Services that changes concern anew; return their names."""
+        """Compute again the Services that changes concern; return their names."""
         changed, self._changed = self._changed, set()
         changed |= self._conflicts.keys()  # the cause of a conflict may be gone
         present: dict[NamespacedName, api.Service] = {}
@@ -294,9 +293,8 @@ class Tracker:
         if target := decode.external_name(service):
             return ServiceNames(external_name=target)
         if decode.is_headless(service):
-            pieces = [piece for _, piece in sorted(self._slices.get(name, {}).items())]
             pods = self.selected_pods(name, service)
-            return decode.headless_names(service, pods, pieces, self._endpoints.get(name))
+            return decode.headless_names(service, pods, self._sorted_slices(name), self._endpoints.get(name))
         if decode.is_proxied(service, self._proxy_name):
             served = self._served.get(name, service)
             ips = next((self._service_ports[port].cluster_ips for port in self._ports_of.get(name, ())), ())
@@ -352,12 +350,15 @@ class Tracker:
         pods = self.selected_pods(name, service)
         if pods:
             return [decode.from_pods(service, pods)]
-        # Sorted by name, so that the order of events has no effect.
-        pieces = [piece for _, piece in sorted(self._slices.get(name, {}).items())]
+        pieces = self._sorted_slices(name)
         sources = [decode.from_slices(pieces)] if pieces else []
         if name in self._endpoints:
             sources.append(decode.from_endpoints(self._endpoints[name]))
         return sources
+
+    def _sorted_slices(self, name: NamespacedName) -> list[api.EndpointSlice]:
+        """Return the slices of the Service *name*, sorted by name so that the order of events has no effect."""
+        return sorted(self._slices.get(name, ()), key=lambda piece: piece.metadata.name)
 
     def selected_pods(self, name: NamespacedName, service: api.Service) -> list[api.Pod]:
         """Return the Pods that *service* selects, sorted by name; none if it has no selector."""

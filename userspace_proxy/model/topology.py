@@ -62,7 +62,8 @@ def usable_endpoints(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
     Ready endpoints; if there are none, endpoints that still serve while terminating (KEP-1669).
     """
     candidates = tuple(endpoints)
-    return tuple(e for e in candidates if e.ready) or tuple(e for e in candidates if e.serving and e.terminating)
+    ready = tuple(e for e in candidates if e.ready)
+    return held_once(ready or tuple(e for e in candidates if e.serving and e.terminating), candidates)
 
 
 def apply_hints(node: Node, usable: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
@@ -83,4 +84,13 @@ def apply_hints(node: Node, usable: tuple[Endpoint, ...]) -> tuple[Endpoint, ...
 
 def serving_endpoints(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
     """Return the endpoints whose existing UDP flows may stay (behaviours U1)."""
-    return tuple(e for e in endpoints if e.serving)
+    candidates = tuple(endpoints)
+    return held_once(tuple(e for e in candidates if e.serving), candidates)
+
+
+def held_once(found: tuple[Endpoint, ...], candidates: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+    """Return *found*, which is a part of *candidates*, or *candidates* if it is all of them: one tuple less in memory.
+
+    In most Services every endpoint is ready.
+    """
+    return candidates if len(found) == len(candidates) else found

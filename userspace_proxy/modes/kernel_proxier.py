@@ -15,7 +15,7 @@ from prometheus_client.core import Metric
 from userspace_proxy.errors import SyncError
 from userspace_proxy.model.names import L4Protocol, ListenerName
 from userspace_proxy.model.routes import Refusal, Route
-from userspace_proxy.model.service import Portal, SourceIP, internal_portals
+from userspace_proxy.model.service import Portal, internal_portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Reach
 from userspace_proxy.modes.base_proxier import BaseProxier
@@ -38,7 +38,7 @@ class KernelTranslator(Translator):
     """
 
     def __init__(self, rules: NodeRules, *, masquerade_all: bool = False, service_cidrs: tuple[str, ...] = ()) -> None:
-        super().__init__(rules, SourceIP.TRANSPARENT)
+        super().__init__(rules, in_kernel=True)
         self._masquerade_all = masquerade_all
         self._service_cidrs = service_cidrs
 

@@ -14,14 +14,17 @@ from userspace_proxy.model.redirects import Capture, PodDetector
 from userspace_proxy.model.routes import Route, listeners, routes
 from userspace_proxy.model.service import ConnectionPolicy, Portal, ServicePort, SourceIP, load_balancer_portals
 from userspace_proxy.model.state import ProxyState
-from userspace_proxy.model.topology import Node, Reach, reach, serving_endpoints
+from userspace_proxy.model.topology import Node, Reach, held_once, reach, serving_endpoints
+
+# All plans of userspace mode share this value.
+_NO_REACHES: Mapping[Family, Reach] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The listeners of one service port with their endpoints, and the routes of its clients to them.
 
-    Depends on ``service_port``, ``endpoints`` and the node only.
+    Depends on ``service_port``, ``endpoints`` and the node only. ``reaches``: of kernel modes.
     """
 
     service_port: ServicePort
@@ -41,23 +44,27 @@ def plan(
     node: Node,
     *,
     detects_pods: bool,
-    source_ip: SourceIP | None = None,
+    in_kernel: bool = False,
 ) -> Plan:
-    """Return the plan of *service_port* on *node*. *source_ip* overrides that of the service port."""
+    """Return the plan of *service_port* on *node*. *in_kernel*: of a kernel mode.
+
+    These keep clients' addresses, and cannot hold connections.
+    """
     routed = service_port
-    if source_ip is not None:  # of a kernel mode, which cannot hold connections
-        routed = replace(service_port, source_ip=source_ip, connections=ConnectionPolicy())
+    if in_kernel:
+        routed = replace(service_port, source_ip=SourceIP.TRANSPARENT, connections=ConnectionPolicy())
     found: list[Route] = []
     usable: dict[Scope, tuple[Endpoint, ...]] = dict.fromkeys(Scope, ())
     reaches: dict[Family, Reach] = {}
     for family in service_port.families:
-        there = reaches[family] = reach(service_port, (e for e in endpoints if family_of(e.ip) == family), node)
+        its = held_once(tuple(e for e in endpoints if family_of(e.ip) == family), endpoints)
+        there = reaches[family] = reach(service_port, its, node)
         usable[Scope.CLUSTER] += there.cluster
         usable[Scope.LOCAL] += there.local
         found += routes(routed, family, there, detects_pods=detects_pods)
     serving = serving_endpoints(endpoints)
     backends = {n: Backends(usable[n.scope], serving) for n in listeners(routed, detects_pods=detects_pods)}
-    return Plan(service_port, endpoints, backends, tuple(found), reaches)
+    return Plan(service_port, endpoints, backends, tuple(found), reaches if in_kernel else _NO_REACHES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +111,9 @@ class Plans:
     Changed plans stay unfinished until `finish`. If a sync fails, the next one therefore gets them again.
     """
 
-    def __init__(self, source_ip: SourceIP | None = None) -> None:
-        """*source_ip*: overrides that of every service port."""
-        self._source_ip = source_ip
+    def __init__(self, *, in_kernel: bool = False) -> None:
+        """*in_kernel*: as in `plan`."""
+        self._in_kernel = in_kernel
         self.state = ProxyState()
         self.held: dict[ServicePortName, Plan] = {}
         self._unfinished: dict[ServicePortName, None] = {}
@@ -118,7 +125,7 @@ class Plans:
         for name in self._suspects(state):
             service_port, endpoints, held = state.service_ports[name], state.endpoints[name], self.held.get(name)
             if held is None or not held.is_of(service_port, endpoints) or state.node is not before.node:
-                made = plan(service_port, endpoints, state.node, detects_pods=detects_pods, source_ip=self._source_ip)
+                made = plan(service_port, endpoints, state.node, detects_pods=detects_pods, in_kernel=self._in_kernel)
                 self.held[name] = made
                 self._unfinished[name] = None
                 self._gone.pop(name, None)

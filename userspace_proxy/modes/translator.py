@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.routes import Route
-from userspace_proxy.model.service import Portal, ServicePort, SourceIP
+from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints
 from userspace_proxy.modes.kernel_rules import NodeFacts, Translation, portals_of
@@ -23,10 +23,10 @@ class Translator(ABC):
     empties it.
     """
 
-    def __init__(self, rules: NodeRules, source_ip: SourceIP | None = None) -> None:
-        """*source_ip*: as in `Plans`."""
+    def __init__(self, rules: NodeRules, *, in_kernel: bool = False) -> None:
+        """*in_kernel*: as in `plan`."""
         self.rules = rules
-        self.plans = Plans(source_ip)
+        self.plans = Plans(in_kernel=in_kernel)
         self.owners = PortalOwners()
         self.translations: dict[ServicePortName, Translation] = {}
         self.unloaded: dict[ServicePortName, Translation | None] = {}

@@ -17,7 +17,7 @@ from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ServicePortName
 from userspace_proxy.model.redirects import PodDetector
-from userspace_proxy.model.service import ServicePort, SourceIP, load_balancer_portals
+from userspace_proxy.model.service import ServicePort, load_balancer_portals
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes.element_tables import ElementTables
 from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
@@ -34,7 +34,7 @@ NEAR, FAR, FAR6 = Endpoint("10.244.0.5", 8080, node_name="here"), Endpoint("10.2
 def translation(
     service_port: ServicePort, *endpoints: Endpoint, allowed: tuple[str, ...] = (), detects_pods: bool = True
 ) -> Translation:
-    made = plan(service_port, endpoints, HERE, detects_pods=detects_pods, source_ip=SourceIP.TRANSPARENT)
+    made = plan(service_port, endpoints, HERE, detects_pods=detects_pods, in_kernel=True)
     ranges = dict.fromkeys(load_balancer_portals(service_port), allowed) if allowed else {}
     return Translation(service_port, made.routes, made.reaches, ranges)
 

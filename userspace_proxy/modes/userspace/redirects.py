@@ -1,21 +1,16 @@
 """The translations of userspace mode: the proxy port for each portal and sender."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 from userspace_proxy.control.proxy_ports import ProxyPorts
-from userspace_proxy.model.endpoint import Family
 from userspace_proxy.model.listeners import ListenerSpec
 from userspace_proxy.model.names import ListenerName, ServicePortName
 from userspace_proxy.model.redirects import DROPPED
 from userspace_proxy.model.routes import Refusal, Route
-from userspace_proxy.model.topology import Reach
 from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
 from userspace_proxy.modes.plans import NodeRules, Plan
 from userspace_proxy.modes.translator import Translator
-
-# The rules do not depend on endpoints: all translations share this value.
-_NO_REACHES: Mapping[Family, Reach] = {}
 
 
 class RedirectTranslator(Translator):
@@ -62,7 +57,7 @@ class RedirectTranslator(Translator):
     def _translation(self, plan: Plan) -> Translation:
         made = super()._translation(plan)
         ports = tuple(self._port(route.to) for route in made.routes)
-        made = replace(made, reaches=_NO_REACHES, serving=(), ports=ports)
+        made = replace(made, serving=(), ports=ports)
         held = self.translations.get(plan.service_port.name)
         # What the rules do not depend on may differ.
         return held if held is not None and replace(made, service_port=held.service_port) == held else made
