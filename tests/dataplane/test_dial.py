@@ -433,6 +433,20 @@ def test_a_suspect_that_connects_late_has_the_whole_time_to_prove_itself() -> No
     assert there.attempt().took_s == pytest.approx(RACE_S + PROOF_S / 2)
 
 
+def test_of_two_suspects_the_one_that_was_connected_first_has_proved_itself_first() -> None:
+    there = world(Fate(RACE_S + PROOF_S), Fate(0.01))
+    first, second = there.endpoints
+    for endpoint in there.endpoints:
+        there.listener.suspects.note_reset(endpoint.address, there.network.now_s)
+
+    attempt = there.attempt()
+
+    assert attempt.dialled == [first.address, second.address]
+    assert attempt.pick is not None
+    assert attempt.pick.endpoint == second
+    assert attempt.took_s == pytest.approx(RACE_S + 0.01 + PROOF_S)
+
+
 def test_a_suspect_that_proved_itself_and_then_broke_is_followed_by_another_endpoint() -> None:
     """The same dial goes on, and nothing is left of the proof."""
     there = world(NEAR, Fate(RACE_S + 0.1))

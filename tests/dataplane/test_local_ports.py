@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -53,6 +55,22 @@ def test_ports_that_another_process_continues_to_use_rest_too() -> None:
     assert [take(ports, 0) for _ in range(2)] == [103, None]
     assert [take(ports, 40) for _ in range(4)] == [100, 101, 102, None]
     assert len(asked) == 1
+
+
+def test_a_new_source_address_costs_the_same_for_any_number_of_ports() -> None:
+    reads: list[object] = []
+
+    class Ports(Sequence[int]):
+        def __getitem__(self, index: Any) -> Any:
+            reads.append(index)
+            return range(1, 60_000)[index]
+
+        def __len__(self) -> int:
+            return 59_999
+
+    LocalPorts(Ports(), 0, never=30_000)
+
+    assert len(reads) < 20
 
 
 def test_the_endpoints_own_port_is_never_used() -> None:

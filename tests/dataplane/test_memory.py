@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from userspace_proxy.dataplane import memory as memory_module
@@ -69,3 +71,38 @@ def test_the_ejection_of_a_removed_endpoint_is_news(picker: Picker, memory: Memo
     picker.set_endpoints([])
 
     assert take_news(memory) == PickerMemory([], [])
+
+
+def test_endpoints_that_come_together_are_one_group_of_the_slow_start() -> None:
+    """A choice looks at each group."""
+    clock = itertools.count(1.0)
+    memory = Memory(lambda: next(clock), slow_start_s=30.0)
+    picker = Picker(memory)
+    picker.set_endpoints([ENDPOINT])
+
+    picker.set_endpoints([ENDPOINT, *(Endpoint(f"10.0.0.{number}", 80) for number in range(2, 6))])
+
+    assert (len(memory.starting), len(set(memory.starting.values()))) == (4, 1)
+
+
+def test_what_a_service_port_learns_is_not_known_to_others() -> None:
+    """Their dicts are the same until the first entry."""
+    one, other = (Memory(lambda: 0.0, affinity_timeout_s=10, slow_start_s=5.0) for _ in range(2))
+    Picker(one).set_endpoints([ENDPOINT])
+    one.pin(CLIENT, Pin(ENDPOINT.address, 5.0))
+    one.eject(ENDPOINT.address)
+    one.end_ejection(ENDPOINT.address)
+    one.eject(ENDPOINT.address)
+    one.eject_for(CLIENT, ENDPOINT.address)
+    one.note_overtaken(("10.0.0.2", 80))
+    one.note_failure(ENDPOINT.address, "refused")
+    one.counters_of(ENDPOINT.address)
+
+    def entries(memory: Memory) -> list[int]:
+        its = (memory.pins, memory.ejected, memory.ejected_for, memory.last_failures, memory.starting)
+        return [len(each) for each in (*its, memory._overtaken, memory._counters, memory._new_pins or ())]
+
+    assert entries(one) == [1, 1, 1, 1, 1, 1, 1, 0]
+    assert entries(other) == [0] * 8
+    with pytest.raises(TypeError, match="all service ports share"):
+        other.pins[CLIENT] = Pin(ENDPOINT.address, 5.0)

@@ -160,6 +160,21 @@ def test_a_pinned_client_whose_endpoint_failed_is_pinned_to_another(clock: FakeC
     assert picks(picker, 3) == [B] * 3
 
 
+def test_another_timeout_of_affinity_holds_for_the_pins_that_there_are(clock: FakeClock) -> None:
+    memory = Memory(clock, affinity_timeout_s=10_000)
+    picker = Picker(memory)
+    picker.set_endpoints([A, B])
+    assert picks(picker, 1, "c1") == picks(picker, 1, "c1") == [A]
+    clock.now_s += 5
+
+    memory.set_affinity(10)
+    clock.now_s += 4
+    assert picks(picker, 1, "c1") == [A]
+    clock.now_s += 11
+
+    assert picks(picker, 1, "c1") == [B]
+
+
 def test_switching_affinity_off_lets_clients_take_turns(clock: FakeClock) -> None:
     memory = Memory(clock, affinity_timeout_s=10)
     picker = Picker(memory)

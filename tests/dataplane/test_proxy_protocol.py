@@ -192,6 +192,18 @@ async def test_a_service_port_uses_another_source_ip_from_the_next_connection_on
         assert seen == [True] * 4
 
 
+async def test_a_udp_flow_uses_another_source_ip_from_the_next_datagram_on(plane: Plane) -> None:
+    with Backend() as backend, Client() as client:
+        await plane.use(backend.endpoint)
+        seen = []
+        for source_ip in (SourceIP.NODE, V2, SourceIP.NODE):
+            await plane.tell_sources_by(source_ip)
+            client.ask(b"who")
+            seen.append((await backend.receive())[0].removesuffix(b"who") != b"")
+
+    assert seen == [False, True, False]
+
+
 # ---- servers that read it
 
 

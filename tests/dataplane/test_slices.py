@@ -7,15 +7,20 @@ machine.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from tests.dataplane.world import LISTENER, PORTAL, Plane, running_plane, service_port
+from tests.dataplane.test_udp import Backend, Client
+from tests.dataplane.world import LISTENER, PORTAL, UDP_LISTENER, UDP_NAME, Plane, running_plane, service_port
+from tests.ends import until
 from userspace_proxy.dataplane.slices import SLICE_S
+from userspace_proxy.model.counters import Counters
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.listeners import Backends, ListenerSpec
 
@@ -74,3 +79,31 @@ async def test_a_request_is_answered_between_two_slices(kind: str) -> None:
 
         assert not working.done(), "the request did not wait for all of it"
         await working
+
+
+@pytest.mark.parametrize("kind", ["update", "retire"])
+async def test_a_request_is_answered_while_the_udp_flows_of_a_removed_endpoint_end(kind: str) -> None:
+    ticks = itertools.count()
+    async with answering() as endpoint, running_plane(now=lambda: next(ticks) * SLICE_S) as plane:
+        with contextlib.ExitStack() as stack:
+            backend = stack.enter_context(Backend())
+            of_udp = Backends((backend.endpoint,), (backend.endpoint,))
+            await plane.local.update({LISTENER: Backends((endpoint,), ()), UDP_LISTENER: of_udp})
+            counters = await plane.counters(UDP_NAME)  # live
+            for number in range(1, COUNT + 1):
+                stack.enter_context(Client()).ask()
+                await until(partial(_has_flows, counters, number), "the flow has begun")
+            if kind == "update":
+                working = asyncio.create_task(plane.local.update({UDP_LISTENER: Backends((), ())}))
+            else:
+                working = asyncio.create_task(plane.local.retire([UDP_LISTENER]))
+
+            assert await ask() == b"a"
+
+            assert not working.done(), "the request did not wait for all flows"
+            await working
+            assert counters.flows == 0
+
+
+def _has_flows(counters: Counters, number: int) -> bool:
+    return counters.flows == number

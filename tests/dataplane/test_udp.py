@@ -32,6 +32,7 @@ from tests.ends import open_descriptors, until
 from tests.fakes import FakeClock
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.datagrams import DatagramPoller, Leased
+from userspace_proxy.dataplane.dial import DIALS_MAX
 from userspace_proxy.dataplane.groups import open_group
 from userspace_proxy.dataplane.sockets import open_listener
 from userspace_proxy.lab import ip
@@ -795,6 +796,22 @@ async def test_records_and_counters_of_a_flow_are_exact(backends: Backends, clie
     assert (counters.bytes_to_backends, counters.bytes_to_clients, counters.flows) == (30, 90, 0)
     assert record.client == clients[0].sock.getsockname()
     assert (record.endpoint, record.why) == (a.endpoint, "round robin")
+
+
+async def test_a_datagram_is_tried_at_a_bounded_number_of_endpoints_that_have_failed_before(
+    clients: Clients, clock: FakeClock
+) -> None:
+    unreachable = [Endpoint("255.255.255.255", port) for port in range(1, DIALS_MAX + 100)]
+    async with running_plane(now=clock) as plane:
+        counters = await plane.counters(UDP_NAME)  # live
+        await plane.use(*unreachable)
+        clients[0].ask()
+        await until(lambda: counters.datagrams_dropped == 1, "it is dropped")
+        assert counters.dial_failures == len(unreachable), "each might have been the one that can be reached"
+
+        clients[0].ask()
+        await until(lambda: counters.datagrams_dropped == 2, "it is dropped")
+        assert counters.dial_failures == len(unreachable) + DIALS_MAX
 
 
 async def test_each_endpoint_has_the_flows_that_came_to_it(plane: Plane, backends: Backends, clients: Clients) -> None:

@@ -198,7 +198,7 @@ def test_starting_anew_in_place_keeps_the_process_id_and_every_request(fresh_pro
         wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again")
 
     assert fresh_proxy.process.poll() is None
-    fresh_proxy.wait_logged("starting anew")
+    fresh_proxy.wait_logged("restarting in place")
     wait_until(lambda: fresh_proxy.workers() not in ([], [worker]), "another worker serves")
     wait_until(lambda: not Path(f"/proc/{worker}").exists(), "the worker before has ended and was waited for")
     assert fresh_proxy.stop() == 0
@@ -375,6 +375,18 @@ def test_an_orphan_ends_when_its_time_is_over(fresh_proxy: Proxy, world: Service
     wait_until(lambda: has_ended(worker), "it has ended", 5)
 
 
+def test_an_orphan_that_has_handed_over_ends_at_sigterm_though_a_connection_is_open(fresh_proxy: Proxy) -> None:
+    with open_connection(fresh_proxy, "--drain-timeout", "0.2s", "--workers", "1"):
+        (worker,) = fresh_proxy.workers()
+        fresh_proxy.stop(signal.SIGKILL)
+        fresh_proxy.start()
+        assert not has_ended(worker)
+
+        os.kill(worker, signal.SIGTERM)
+
+        wait_until(lambda: has_ended(worker), "it has ended", 5)
+
+
 def test_without_an_orphan_timeout_workers_end_with_their_control_process(fresh_proxy: Proxy) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start("--orphan-timeout", "0")
@@ -500,7 +512,7 @@ def test_a_stop_is_heeded_while_it_starts_anew(fresh_proxy: Proxy, world: Servic
     fresh_proxy.start()
     assert fresh_proxy.process is not None
     fresh_proxy.process.send_signal(signal.SIGUSR2)
-    wait_until(lambda: "starting anew" in fresh_proxy.log(), "it starts anew")
+    wait_until(lambda: "restarting in place" in fresh_proxy.log(), "it starts anew")
     time.sleep(after_s)
 
     assert fresh_proxy.stop() == 0
@@ -514,7 +526,7 @@ def test_a_second_restart_in_place_works_too(fresh_proxy: Proxy) -> None:
     assert fresh_proxy.process is not None
     for _ in range(2):
         fresh_proxy.process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: "starting anew" in fresh_proxy.log(), "it starts anew")
+        wait_until(lambda: "restarting in place" in fresh_proxy.log(), "it starts anew")
         time.sleep(0.1)
 
     wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again")

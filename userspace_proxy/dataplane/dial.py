@@ -315,7 +315,7 @@ class Dial:
     def on_timeout(self) -> None:
         """Dial another endpoint, wait longer, or give up, because no dial has been answered in time."""
         if self._proving is not None:
-            sock = next(sock for sock in self._open if sock in self._proving)
+            sock = next(iter(self._proving))  # the one that has been connected for longest
             self._win(sock, self._open[sock], self._proving[sock])
             return
         now = self._listener.context.loop.time()

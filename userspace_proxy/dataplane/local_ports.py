@@ -12,6 +12,7 @@ import heapq
 import itertools
 import random
 from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -53,9 +54,10 @@ def _sysctl(name: str) -> str:
 class LocalPorts:
     """The local ports from one source address towards one endpoint.
 
-    *start*: index in *ports* of the first to use. *taken*: ports that another process has used lately, free at
-    *free_at*. *never*: a port that is never used. *look*: returns *taken* and *free_at* anew. It is called once, before
-    the first port of *taken* is reached: behind the last of these, the other process may have continued for a while.
+    *ports*: in ascending order. *start*: index in *ports* of the first to use. *taken*: ports that another process has
+    used lately, free at *free_at*. *never*: a port that is never used. *look*: returns both as they are now. It
+    is called once, before the first port of *taken* is reached: behind the last of these, the other process may have
+    continued for a while.
     """
 
     __slots__ = ("_at", "_free", "_fresh", "_look", "_ports", "_reserve", "_resting", "_skipped", "used")
@@ -72,8 +74,12 @@ class LocalPorts:
         self._ports = ports
         self._at = start
         self._look = look if taken else None
-        self._resting = [(free_at, p) for p in ports if p in taken and p != never]  # a heap, by free time
-        self._skipped = {*taken, never}.intersection(ports)
+        self._resting: list[tuple[float, int]] = []  # a heap, by free time
+        at = bisect_left(ports, never)
+        self._skipped = {never}.intersection(ports[at : at + 1])
+        if taken:  # else in constant time: there may be many source addresses
+            self._resting = [(free_at, p) for p in ports if p in taken and p != never]
+            self._skipped |= set(taken).intersection(ports)
         self._fresh = len(ports) - len(self._skipped)  # number of ports not used yet
         self._free: deque[int] = deque()  # rested ports, longest first
         self._reserve = len(ports) // _RESERVED_PART

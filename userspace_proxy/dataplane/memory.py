@@ -9,7 +9,8 @@ node port is still one client, and an endpoint that refuses one listener's dial 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,6 +68,25 @@ class PickerMemory(NamedTuple):
     ejected: list[tuple[Address, int, float]]
 
 
+class _Empty(dict[Any, Any]):
+    """The value of each dict of a `Memory` until its first entry (``self.pins = self.pins or {}``).
+
+    Few service ports have failures or pins, and seven empty dicts for each would take 448 bytes.
+    """
+
+    __slots__ = ()
+
+    def __setitem__(self, key: object, value: object) -> None:
+        raise TypeError("no entry: all service ports share this dict")
+
+
+_EMPTY = _Empty()
+
+
+def _empty() -> dict[Any, Any]:
+    return _EMPTY
+
+
 # By service port.
 Memories = list[tuple[ServicePortName, PickerMemory]]
 
@@ -81,44 +101,46 @@ class Memory:
     now: Callable[[], float]
     affinity_timeout_s: int | None = None
     slow_start_s: float = 0.0
-    pins: dict[str, Pin] = field(default_factory=dict)  # least recently used first
-    ejected: dict[Address, Ejection] = field(default_factory=dict)
+    pins: dict[str, Pin] = field(default_factory=_empty)  # least recently used first
+    ejected: dict[Address, Ejection] = field(default_factory=_empty)
     # Ejections for one client alone, by client; the client whose dial failed longest ago comes first.
-    ejected_for: dict[str, dict[Address, Ejection]] = field(default_factory=dict)
+    ejected_for: dict[str, dict[Address, Ejection]] = field(default_factory=_empty)
     suspects: Suspects = field(default_factory=Suspects)
-    last_failures: dict[Address, tuple[float, str]] = field(default_factory=dict)  # wall-clock second and reason
-    starting: dict[Address, float] = field(default_factory=dict)  # since when in slow start; oldest first
+    last_failures: dict[Address, tuple[float, str]] = field(default_factory=_empty)  # wall-clock second and reason
+    starting: dict[Address, float] = field(default_factory=_empty)  # since when in slow start; oldest first
     has_learnt: bool = True
     _new_pins: dict[str, Pin] | None = None  # since the last `take_news`; None for all pins
-    _reported_ejected: list[tuple[Address, int, float]] = field(default_factory=list)
-    _overtaken: dict[Address, int] = field(default_factory=dict)
-    _counters: dict[Address, EndpointCounters] = field(default_factory=dict)
-    _chosen_from: dict[Picker, Collection[Address] | None] = field(default_factory=dict)
+    _reported_ejected: Sequence[tuple[Address, int, float]] = ()
+    _overtaken: dict[Address, int] = field(default_factory=_empty)
+    _counters: dict[Address, EndpointCounters] = field(default_factory=_empty)
+    _pickers: tuple[Picker, ...] = ()
 
     # ---- pickers
 
-    def register(self, picker: Picker, addresses: Collection[Address] | None) -> None:
-        """Register *picker* with its *addresses*; None: it has not been given any yet.
+    def register(self, picker: Picker) -> None:
+        """Register *picker*, which has no endpoints yet."""
+        self._pickers += (picker,)
+
+    def note_endpoints(self, before: Collection[Address], addresses: Collection[Address]) -> None:
+        """Note that a picker has new *addresses*. *before*: those of all pickers, empty for its first ones.
 
         The state of addresses that no picker has any more is dropped. New addresses begin with a slow start. The first
         ones of a picker, and the first ones of all, get their whole share at once.
         """
-        is_first = self._chosen_from.get(picker) is None
-        before = () if is_first or not self.slow_start_s else self.addresses()
-        self._chosen_from[picker] = addresses
         self._forget_gone()
-        if before and addresses:
-            self.starting.update(dict.fromkeys((a for a in addresses if a not in before), self.now()))
+        if before and self.slow_start_s and (new := [a for a in addresses if a not in before]):
+            self.starting = self.starting or {}
+            self.starting.update(dict.fromkeys(new, self.now()))  # at the same time, so that they are one group
 
     def unregister(self, picker: Picker) -> bool:
         """Unregister *picker*. Return whether it was the last one."""
-        self._chosen_from.pop(picker, None)
+        self._pickers = tuple(other for other in self._pickers if other is not picker)
         self._forget_gone()
-        return not self._chosen_from
+        return not self._pickers
 
     def addresses(self) -> Collection[Address]:
         """Return the addresses of all pickers, without duplicates."""
-        of_pickers = list(filter(None, self._chosen_from.values()))
+        of_pickers = [picker.endpoints for picker in self._pickers if picker.endpoints]
         return of_pickers[0] if len(of_pickers) == 1 else set().union(*of_pickers)
 
     def _forget_gone(self) -> None:
@@ -138,27 +160,36 @@ class Memory:
         """Return the shared counters of the endpoint at *address*."""
         counters = self._counters.get(address)
         if counters is None:
+            self._counters = self._counters or {}
             counters = self._counters[address] = EndpointCounters()
         return counters
 
     def counters(self) -> list[tuple[Address, EndpointCounters]]:
         """Return the counters of each endpoint. A removed endpoint is included until its last connection ends."""
         self._forget_gone()
+        for address in self.addresses():
+            self.counters_of(address)
         return list(self._counters.items())
 
     # ---- pins
 
     def set_affinity(self, timeout_s: int | None) -> None:
-        """Set the timeout of client-IP affinity in seconds, or None to disable it and drop all pins."""
+        """Set the timeout of client-IP affinity in seconds, for all pins, or None to disable it and drop all pins."""
+        before, self.affinity_timeout_s = self.affinity_timeout_s, timeout_s
         if timeout_s is None:
             self.pins.clear()
-        self.affinity_timeout_s = timeout_s
+        elif before is not None and before != timeout_s and self.pins:
+            later_s = timeout_s - before
+            self.pins = {ip: Pin(pin.address, pin.expires_at + later_s) for ip, pin in self.pins.items()}
+            self._new_pins, self.has_learnt = None, True
 
     def pin(self, client_ip: str, pin: Pin) -> None:
         """Add *pin* as the most recently used one. The caller has removed the pin that *client_ip* had before."""
+        self.pins = self.pins or {}
         self.pins[client_ip] = pin
         self.has_learnt = True
         if self._new_pins is not None:
+            self._new_pins = self._new_pins or {}
             self._new_pins[client_ip] = pin
             if len(self._new_pins) > PINS_MAX:
                 self._new_pins = None  # the next news have all pins
@@ -188,11 +219,15 @@ class Memory:
         Failures during an ejection do not count: those connections began before it.
         """
         now = self.now()
-        ejection = self.ejected.setdefault(address, Ejection(0, now))
+        ejection = self._own_ejected().setdefault(address, Ejection(0, now))
         if not _extend(ejection, now):
             return False
         self._notify(address)
         return True
+
+    def _own_ejected(self) -> dict[Address, Ejection]:
+        self.ejected = self.ejected or {}
+        return self.ejected
 
     def end_ejection(self, address: Address) -> bool:
         """End the ejection of *address*. Return whether it was ejected."""
@@ -202,6 +237,7 @@ class Memory:
             return False
         if self.slow_start_s:
             self.starting.pop(address, None)
+            self.starting = self.starting or {}
             self.starting[address] = self.now()
         self._notify(address)
         return True
@@ -212,6 +248,7 @@ class Memory:
             return True  # that was its trial
         count = self._overtaken.get(address, 0) + 1
         if count < OVERTAKEN_MAX:
+            self._overtaken = self._overtaken or {}
             self._overtaken[address] = count
             return False
         self._overtaken.pop(address, None)
@@ -219,7 +256,7 @@ class Memory:
 
     def _notify(self, address: Address) -> None:
         self.has_learnt = True
-        for picker in self._chosen_from:
+        for picker in self._pickers:
             picker.on_ejection(address)
 
     # ---- slow start
@@ -248,7 +285,9 @@ class Memory:
 
         The endpoint's firewall may refuse only this client.
         """
-        of_client = self.ejected_for[client_ip] = self.ejected_for.pop(client_ip, {})
+        of_client = self.ejected_for.pop(client_ip, {})
+        self.ejected_for = self.ejected_for or {}
+        self.ejected_for[client_ip] = of_client
         now = self.now()
         ejection = of_client.pop(address, None) or Ejection(0, now)
         is_new = _extend(ejection, now)
@@ -265,6 +304,11 @@ class Memory:
         if of_client is not None and of_client.pop(address, None) is not None and not of_client:
             del self.ejected_for[client_ip]
 
+    def note_failure(self, address: Address, why: str) -> None:
+        """Note that a dial to *address* has failed now, for the reason *why*."""
+        self.last_failures = self.last_failures or {}
+        self.last_failures[address] = time.time(), why
+
     # ---- exchange with other processes
 
     def all(self) -> PickerMemory:
@@ -280,8 +324,8 @@ class Memory:
         ejected = self._ejections()
         pins: Iterable[tuple[str, Pin]] = (self.pins if self._new_pins is None else self._new_pins).items()
         news = PickerMemory(list(pins), ejected)
-        self._new_pins = {}
-        if not news.pins and ejected == self._reported_ejected:
+        self._new_pins = _EMPTY
+        if not news.pins and ejected == list(self._reported_ejected):
             return None
         self._reported_ejected = ejected
         return news
@@ -303,7 +347,7 @@ class Memory:
         present = self.addresses()
         for address, failures, until in memory.ejected:
             if address in present:
-                self.ejected.setdefault(address, Ejection(failures, until))
+                self._own_ejected().setdefault(address, Ejection(failures, until))
                 self._notify(address)
 
 

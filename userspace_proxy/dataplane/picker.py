@@ -7,7 +7,6 @@ Each family has its own endpoints and its own balancer, and a client gets endpoi
 """
 
 import heapq
-import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -57,10 +56,10 @@ class _Family:
         taking = {address: endpoint for address, endpoint in wanted.items() if weights.get(endpoint.ip, 1)}
         if not taking:
             taking, weights = dict(wanted), {}
-        kept = [endpoint for pick in self._picks if (endpoint := taking.pop(pick.endpoint.address, None)) is not None]
-        endpoints = kept + list(taking.values())
-        self._picks = [Pick(e, self._balancer.why, counters[e.address]) for e in endpoints]
-        self._balancer.replace([Member(e.address, weights.get(e.ip, 1), counters[e.address]) for e in endpoints])
+        before = (pick.endpoint.address for pick in self._picks)
+        order = dict.fromkeys((*(address for address in before if address in taking), *taking))
+        self._picks = [Pick(taking[address], self._balancer.why, counters[address]) for address in order]
+        self._balancer.replace([Member(a, weights.get(a[0], 1), counters[a]) for a in order])
         self._index = None
 
     def index(self) -> dict[Address, int]:
@@ -196,16 +195,20 @@ class Picker:
         self._memory = memory
         self._mixes_families = mixes_families
         self.endpoints: dict[Address, Endpoint] = {}
-        self._families = [_Family(memory) if mixes_families else _NO_ENDPOINTS] * 2  # IPv4, IPv6
+        self._is_new = True  # no endpoints have been given yet
+        # IPv4, IPv6. Empty until the first connection: most service ports of a large cluster have none on this node.
+        self._families = [_NO_ENDPOINTS] * 2
+        self._is_in_use = False
         self._balancing: tuple[Balance, Weights] = Balance.ROUND_ROBIN, ()
-        memory.register(self, None)
+        memory.register(self)
 
     # ---- endpoints from the API
 
     def set_endpoints(self, usable: Sequence[Endpoint]) -> None:
         """Replace the endpoints. Those that stay keep their order; new ones come last."""
-        self.endpoints = {endpoint.address: endpoint for endpoint in usable}
-        self._memory.register(self, self.endpoints)
+        before = () if self._is_new else self._memory.addresses()
+        self.endpoints, self._is_new = {endpoint.address: endpoint for endpoint in usable}, False
+        self._memory.note_endpoints(before, self.endpoints)
         self._replace(*self._balancing)
 
     def balance(self, balance: Balance | None, weights: Weights) -> None:
@@ -215,6 +218,8 @@ class Picker:
 
     def _replace(self, balance: Balance, weights: Weights) -> None:
         before, self._balancing = self._balancing[0], (balance, weights)
+        if not self._is_in_use:
+            return
         for is_ipv6, family in enumerate(self._families):
             given = self.endpoints.items()
             of_family = {a: e for a, e in given if self._mixes_families or (":" in a[0]) == is_ipv6}
@@ -223,6 +228,19 @@ class Picker:
             elif of_family:
                 self._families[is_ipv6] = _Family(self._memory, balance)
                 self._families[is_ipv6].replace(of_family, dict(weights))
+
+    def _family(self, ip: str) -> _Family:
+        """Return the family of a client or an endpoint with the address *ip*."""
+        if not self._is_in_use:
+            self._use()
+        return self._families[":" in ip]
+
+    def _use(self) -> None:
+        """Prepare for the first connection."""
+        self._is_in_use = True
+        if self._mixes_families:
+            self._families = [_Family(self._memory, self._balancing[0])] * 2
+        self._replace(*self._balancing)
 
     # ---- choosing
 
@@ -234,6 +252,8 @@ class Picker:
         """
         memory = self._memory
         timeout_s = memory.affinity_timeout_s
+        if not self._is_in_use:
+            self._use()
         if timeout_s is None:
             return self._families[":" in client_ip].take(client_ip, tried)
         now = memory.now()
@@ -253,7 +273,7 @@ class Picker:
 
         *doubtful*: choose an ejected endpoint if no other is left.
         """
-        return self._families[":" in client_ip].take(client_ip, tried, doubtful=doubtful)
+        return self._family(client_ip).take(client_ip, tried, doubtful=doubtful)
 
     def pin(self, client_ip: str, endpoint: Endpoint) -> None:
         """Pin *client_ip* to *endpoint*, if the service port has affinity."""
@@ -282,7 +302,7 @@ class Picker:
             ejection = memory.ejected.get(pin.address)
             if (ejection is None or now >= ejection.due_at) and not self._is_refused(client_ip, pin.address):
                 return [(Pick(pinned, "affinity", memory.counters_of(pin.address)), 1.0)]
-        return self._families[":" in client_ip].preview(client_ip)
+        return self._family(client_ip).preview(client_ip)
 
     def report_failure(self, endpoint: Endpoint, as_client: str = "", why: str = "") -> bool:
         """Count a failed dial to *endpoint*, for the reason *why*. Return whether this ejects it.
@@ -294,10 +314,10 @@ class Picker:
         if address not in self.endpoints:
             return False
         memory = self._memory
-        memory.last_failures[address] = time.time(), why
+        memory.note_failure(address, why)
         if as_client:
             return memory.eject_for(as_client, address)
-        if address not in memory.ejected and not self._families[":" in endpoint.ip].has_another(address):
+        if address not in memory.ejected and not self._family(endpoint.ip).has_another(address):
             return False  # never eject the last one: no other is left to choose
         return memory.eject(address)
 

@@ -181,6 +181,9 @@ class LocalPlane(HandoverPlane):
     async def update(self, backends: Mapping[ListenerName, Backends]) -> None:
         async for name, given in in_slices(backends.items(), self._context.now):
             self._give(name, given)
+            if (udp := self._udp.get(name)) is not None:
+                async for flow in in_slices(udp.flows(), self._context.now):
+                    udp.end_if_gone(flow)
 
     def _give(self, name: ListenerName, backends: Backends) -> None:
         """Give the listener *name* its endpoints. No effect if it is closed already."""
@@ -197,16 +200,18 @@ class LocalPlane(HandoverPlane):
             listener = self.listeners.pop(name, None)
             if listener is not None:
                 if (udp := self._udp.pop(name, None)) is not None:
-                    udp.close(self._replacement_of(name, gone))
-                else:
-                    listener.close()
+                    udp.leave()
+                    replacement = self._replacement_of(name, gone)
+                    async for flow in in_slices(udp.flows(), self._context.now):
+                        udp.let_go(flow, replacement)
+                listener.close()
                 if self._shared[name.service_port].memory.unregister(listener.picker):
                     del self._shared[name.service_port]
 
     def _replacement_of(self, name: ListenerName, retired: Set[ListenerName]) -> UdpListener | None:
         """Return the listener that takes over the UDP flows of *name* after a change of traffic policy, or None.
 
-        It differs in scope only, so endpoints see the same source address; otherwise flows begin anew.
+        It differs in scope only, so endpoints see the same source address; otherwise new flows begin.
         """
         others = (
             ListenerName(name.service_port, scope, name.transparent) for scope in Scope if scope is not name.scope
@@ -222,7 +227,8 @@ class LocalPlane(HandoverPlane):
         """Yield the counters of every service port, in parts that take a fraction of a millisecond each."""
         await self._context.connections.count_bytes()
         async for listener in in_slices(list(self._udp.values()), self._context.now):
-            listener.count_bytes()
+            async for flow in in_slices(listener.flows(), self._context.now):
+                listener.count_bytes(flow)
         part, steps = [], 0
         for name, shared in list(self._shared.items()):
             part.append(ServiceStats(name, shared.count(), shared.memory.counters() if endpoints else []))

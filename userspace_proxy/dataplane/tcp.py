@@ -58,10 +58,8 @@ class TcpListener(BaseListener):
 
     def configure(self, spec: ListenerSpec) -> None:
         super().configure(spec)
-        self._portals = {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
+        self._portals: dict[bytes, Portal] | None = None  # made for the first connection
         self._dialled = packed(spec.at, spec.proxy_port) if spec.at else None
-        if self._dialled:
-            self._portals = {self._dialled: Portal(spec.at, spec.proxy_port, spec.name.protocol)}
         policy, shared, context = spec.service_port.connections, self.shared, self.context
         if shared.lifetimes is None and policy != ConnectionPolicy():
             open_now = (connection for connection in context.connections if connection.listener.shared is shared)
@@ -79,10 +77,14 @@ class TcpListener(BaseListener):
                 shared.lifetimes.release()
 
     def leave(self) -> None:
-        """Stop accepting: another process accepts at the same socket."""
+        """Stop accepting: another process accepts at the same socket.
+
+        Clients that wait for an endpoint are reset, as this process learns of no more endpoints. They can dial again.
+        """
         if self.sock.fileno() >= 0:
             self.context.poller.leave(self.sock)
             self.sock.close()
+            self._fail_waiting("handed over")
 
     def close(self) -> None:
         """Stop listening. Open connections continue; those in the accept queue are accepted first."""
@@ -92,9 +94,12 @@ class TcpListener(BaseListener):
         while self._accept():
             pass
         self.sock.close()
+        self._fail_waiting("service gone")
+
+    def _fail_waiting(self, why: str) -> None:
         if self.shared.lifetimes is not None:
             for connection in [c for c in self.shared.lifetimes.waiting if c.listener is self]:
-                connection.on_failed("service gone")
+                connection.on_failed(why)
 
     def _accept(self) -> bool:
         """Accept up to a turn's number of connections. Return whether there may be more."""
@@ -158,8 +163,16 @@ class TcpListener(BaseListener):
         """Return the portal at the address *dialled*, or None if it is not a portal of this service port."""
         if dialled is None:
             return None
+        if self._portals is None:
+            self._portals = self._packed_portals()
         # A portal at this very address, or a node port on every address.
         return self._portals.get(dialled) or self._portals.get(dialled[:2] + bytes(len(dialled) - 2))
+
+    def _packed_portals(self) -> dict[bytes, Portal]:
+        spec = self.spec
+        if self._dialled:
+            return {self._dialled: Portal(spec.at, spec.proxy_port, spec.name.protocol)}
+        return {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
 
 
 @dataclass(slots=True)

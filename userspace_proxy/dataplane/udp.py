@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.datagrams import Destination, Leased, UdpFlow
+from userspace_proxy.dataplane.dial import DIALS_MAX
 from userspace_proxy.dataplane.listener import BaseListener
 from userspace_proxy.dataplane.mmsg import anybody_like, asked_ip, client_address, client_of
 from userspace_proxy.dataplane.picker import Pick
@@ -23,7 +24,7 @@ from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, bind_anywhere
 from userspace_proxy.model.details import ConnectionDetails
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.listeners import Backends, ListenerSpec
-from userspace_proxy.model.service import Balance, Portal, portals
+from userspace_proxy.model.service import Balance, Portal, SourceIP, portals
 
 # Errors that drop the datagram but do not count against the endpoint: no buffer space now, or longer than the
 # path MTU (shorter datagrams pass).
@@ -36,8 +37,8 @@ class UdpListener(BaseListener):
     """One proxy port of a UDP service port, with its flows, least recently used first."""
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
-        super().__init__(spec, sock, context, shared)
         self._flows: OrderedDict[bytes, UdpFlow] = OrderedDict()
+        super().__init__(spec, sock, context, shared)
         self._serving: frozenset[Address] = frozenset()
         self.touch = self._flows.move_to_end
         self._datagrams = context.datagrams
@@ -52,34 +53,54 @@ class UdpListener(BaseListener):
         self._datagrams.serve(self)
 
     def configure(self, spec: ListenerSpec) -> None:
+        before = self.__dict__.get("_header_of")
         super().configure(spec)
+        if self._header_of is not before:
+            for flow in list(self._flows.values()):
+                self._end(flow, "source-ip has changed")
         by_client = spec.service_port.affinity_timeout_s is not None or spec.service_port.balance is Balance.SOURCE_HASH
         self._needs_clients = by_client or spec.transparent or self._header_of is not None
 
     def update(self, backends: Backends) -> None:
-        """Apply new endpoints. Flows end if their endpoint no longer serves; their next datagram begins a new flow."""
+        """Apply new endpoints. The caller then calls `end_if_gone` for each of `flows`."""
         self.picker.set_endpoints(backends.usable)
         self._serving = frozenset(e.address for e in backends.serving)
-        for flow in [f for f in self._flows.values() if f.pick.endpoint.address not in self._serving]:
+
+    def flows(self) -> list[UdpFlow]:
+        """Return the flows, least recently used first. Of thousands, the event loop does a part at a time."""
+        return list(self._flows.values())
+
+    def end_if_gone(self, flow: UdpFlow) -> None:
+        """End *flow* if its endpoint no longer serves; its client's next datagram begins a new flow."""
+        if self._flows.get(flow.key) is flow and flow.pick.endpoint.address not in self._serving:
             self._end(flow, "endpoint gone")
 
     def leave(self) -> None:
         """Stop reading from clients: another process reads from the same socket. Replies are still forwarded."""
         self._datagrams.leave(self)
 
-    def close(self, replacement: UdpListener | None = None) -> None:
-        """Close the listener. *replacement*, of the same service port, takes over flows to endpoints that it serves."""
-        for flow in list(self._flows.values()):
-            if replacement is not None and replacement.take_over(flow):
-                del self._flows[flow.key]
-            else:
-                self._end(flow, "service gone")
+    def let_go(self, flow: UdpFlow, replacement: UdpListener | None) -> None:
+        """End *flow*, unless *replacement*, of the same service port, serves its endpoint and takes it over."""
+        if self._flows.get(flow.key) is not flow:
+            return
+        if replacement is not None and replacement.take_over(flow, self.spec.service_port.source_ip):
+            del self._flows[flow.key]
+        else:
+            self._end(flow, "service gone")
+
+    def close(self) -> None:
+        """Close the listener, which has no flows any more."""
         self._datagrams.leave(self)
         self.sock.close()
 
-    def take_over(self, flow: UdpFlow) -> bool:
-        """Take over *flow* from a listener that closes. Return False if that is not possible."""
+    def take_over(self, flow: UdpFlow, source_ip: SourceIP) -> bool:
+        """Take over *flow* from a listener that closes. Return False if that is not possible.
+
+        *source_ip*: that of the flow's headers.
+        """
         flows = self._flows
+        if source_ip is not self.spec.service_port.source_ip:
+            return False
         if flow.pick.endpoint.address not in self._serving or flow.key in flows:
             return False
         if len(flows) >= self.context.limits.udp_flows_per_service:
@@ -111,38 +132,47 @@ class UdpListener(BaseListener):
             flow.bytes_to_backend += length
 
     def _resend(self, flow: UdpFlow, datagram: memoryview, error: OSError, now: float) -> None:
-        """Send *datagram*, which *flow* failed to send, by another flow if possible; otherwise count it as dropped."""
-        if error.errno not in _DROPPED:
+        """Send *datagram*, which *flow* failed to send, again if possible; otherwise count it as dropped."""
+        if error.errno in _DROPPED:
+            is_sent = error.errno == errno.EMSGSIZE and _is_sent_now(flow, datagram, now)
+        else:
             # The error belongs to an earlier datagram of this flow. This one was not sent and can go to another
             # endpoint.
             self.lose(flow, error)
-            again = self._begin(flow.key, now, len(datagram))
-            if again is not None:
-                try:
-                    again.send(datagram)
-                except OSError as refused:
-                    if refused.errno not in _DROPPED:
-                        self.lose(again, refused)
-                else:
-                    again.bytes_to_backend += len(datagram)
-                    return
-        self.counters.datagrams_dropped += 1
+            is_sent = self._is_sent_by_another(flow, datagram, now)
+        self.counters.datagrams_dropped += not is_sent
+
+    def _is_sent_by_another(self, flow: UdpFlow, datagram: memoryview, now: float) -> bool:
+        again = self._begin(flow.key, now, len(datagram))
+        if again is None:
+            return False
+        try:
+            again.send(datagram)
+        except OSError as refused:
+            if refused.errno not in _DROPPED:
+                self.lose(again, refused)
+            return False
+        again.bytes_to_backend += len(datagram)
+        return True
 
     def _begin(self, key: bytes, now: float, length: int) -> UdpFlow | None:
-        """Open a flow for a datagram of *length* bytes, to the picked endpoint or the next one that can be reached."""
+        """Open a flow for a datagram of *length* bytes, to the picked endpoint or the next one that can be reached.
+
+        Give up after DIALS_MAX failures that eject nothing, as for TCP.
+        """
         client, counters = client_of(key), self.counters
         client_ip = client_address(key)[0] if self._needs_clients else anybody_like(key)
         tried: dict[Address, bool] = {}
-        while (pick := self.picker.pick(client_ip, tried)) is not None:
+        left = DIALS_MAX
+        while left and (pick := self.picker.pick(client_ip, tried)) is not None:
             endpoint, _, of_endpoint = pick
             address = endpoint.address
-            if tried:
-                counters.retries += 1
-                of_endpoint.retries += 1
+            counters.retries += bool(tried)
+            of_endpoint.retries += bool(tried)
             try:
                 leased = self._lease(address, client, client_ip, now)
             except OSError as error:
-                self._note_failure(pick, error, key)
+                left -= not self._note_failure(pick, error, key)
                 tried[address] = True
                 continue
             if leased is None:
@@ -261,7 +291,8 @@ class UdpListener(BaseListener):
         self._note_failure(flow.pick, error, flow.key)
         self._end(flow, f"refused: {os.strerror(error.errno or 0)}")
 
-    def _note_failure(self, pick: Pick, error: OSError, key: bytes) -> None:
+    def _note_failure(self, pick: Pick, error: OSError, key: bytes) -> bool:
+        """Count a failure of the endpoint of *pick*. Return whether this ejects it for all clients."""
         self.counters.dial_failures += 1
         pick.counters.dial_failures += 1
         if error.errno == errno.EPERM:
@@ -269,7 +300,8 @@ class UdpListener(BaseListener):
         elif error.errno in LOCAL_SHORTAGES:
             self.context.connections.note_shortage(error)
         else:
-            self.hold_against(pick, client_address(key)[0], error.strerror or str(error))
+            return self.hold_against(pick, client_address(key)[0], error.strerror or str(error))
+        return False
 
     def details(self) -> Iterator[ConnectionDetails]:
         """Yield the addresses, age and byte counts of each flow, the longest unused first."""
@@ -291,12 +323,8 @@ class UdpListener(BaseListener):
         all_portals = portals(self.spec.service_port)
         return all_portals[0] if len(all_portals) == 1 else None
 
-    def count_bytes(self) -> None:
-        """Update the byte counters of all flows."""
-        for flow in self._flows.values():
-            self._count_bytes(flow)
-
-    def _count_bytes(self, flow: UdpFlow) -> None:
+    def count_bytes(self, flow: UdpFlow) -> None:
+        """Update the byte counters with what *flow* has moved."""
         before, flow.counted = flow.counted, (flow.bytes_to_backend, flow.bytes_to_client)
         self.count(flow.pick.counters, before, flow.counted)
 
@@ -320,7 +348,18 @@ class UdpListener(BaseListener):
         self._datagrams.end(flow, keep=keep)
         self.counters.flows -= 1
         flow.pick.counters.open -= 1
-        self._count_bytes(flow)
+        self.count_bytes(flow)
         if self.context.access_log is not None:
             client, portal = client_address(flow.key), self._only_portal()
             self.record(client, portal, flow.pick, flow.pick.why, flow.counted, flow.started_at, how)
+
+
+def _is_sent_now(flow: UdpFlow, datagram: memoryview, now: float) -> bool:
+    """Send *datagram* again. The path MTU became known by an earlier one of *flow*, and this one may be shorter."""
+    try:
+        flow.send(datagram)
+    except OSError:
+        return False
+    flow.last_at = now
+    flow.bytes_to_backend += len(datagram)
+    return True

@@ -238,6 +238,7 @@ class Orphan:
     _is_handed_over: bool = False
     _is_succeeded: bool = False
     _is_unwanted: bool = False
+    _has_sigterm: bool = False
 
     async def serve_on(self) -> None:
         settings = self._settings
@@ -249,7 +250,7 @@ class Orphan:
         _let_go_of_pipes()
         present = Present(VERSION, os.getpid(), orphan=True, worker=settings.worker, workers=settings.workers)
         incumbent = Incumbent(self._member, present, self._hand_over, self._end)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._ending.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(settings.orphan_timeout_s):
                 await self._ending.wait()
@@ -261,6 +262,14 @@ class Orphan:
         else:
             log.info("ending: no more connections")
             await self._plane.close(0 if self._is_unwanted else settings.drain_timeout_s)
+
+    def _on_sigterm(self) -> None:
+        """End within the drain timeout, also after a hand-over. A second SIGTERM cuts the draining connections."""
+        if self._has_sigterm:
+            self._plane.cut()
+        self._has_sigterm = True
+        self._ending.set()
+        asyncio.get_running_loop().call_later(self._settings.drain_timeout_s, self._plane.cut)
 
     async def _hand_over(self, asked: TakeOver, conversation: Conversation) -> None:
         since = time.monotonic()
