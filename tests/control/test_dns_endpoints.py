@@ -147,6 +147,22 @@ async def test_the_name_is_asked_for_once_a_second(tmp_path: Path) -> None:
     assert zone.asked[-1][0] - zone.asked[0][0] >= 0.9
 
 
+@pytest.mark.usefixtures("often")
+async def test_the_endpoints_of_a_changed_name_stay_until_the_new_one_is_answered(tmp_path: Path) -> None:
+    zone, seen = Zone("10.0.0.2"), []
+    async with serving(FIRST, zone.answer), following(tmp_path, "dns://blue:8080") as world:
+        await world.wait_for("10.0.0.2 8080 http", "10.0.0.2 8080 dns")
+        zone.answers = silent
+        world.manifest.write_text(WEB % "dns://green:8080")
+        for _ in range(5):
+            await asyncio.sleep(0.05)
+            seen.append(world.endpoints())
+        zone.answers, zone.addresses = None, ("10.0.0.9",)
+        await world.wait_for("10.0.0.9 8080 http", "10.0.0.9 8080 dns")
+
+    assert all(seen)
+
+
 @pytest.mark.parametrize("broken", [failing, silent])
 @pytest.mark.usefixtures("often")
 async def test_the_last_addresses_stay_while_no_server_answers(tmp_path: Path, broken: Answers) -> None:

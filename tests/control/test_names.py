@@ -62,6 +62,17 @@ def test_a_service_of_sctp_ports_alone_is_called_by_its_cluster_ip() -> None:
     assert known[named("phone")] == ServiceNames(("10.96.0.12",), (NamedPort("sip", "SCTP", 5060),))
 
 
+def test_text_that_is_no_name_is_not_published() -> None:
+    """The API refuses it; in a file it could add lines to the output of `names`."""
+    target = service("a", type="ExternalName", externalName="x.example\n192.0.2.6 bank.example", ports=None)
+    piece = endpoint_slice({"addresses": ["10.0.0.5"], "hostname": "h\n192.0.2.6 b"}, of="b")
+
+    known = names_after(target, headless("b"), piece)
+
+    assert named("a") not in known
+    assert hosts(known[named("b")]) == [("10-0-0-5", "10.0.0.5")]
+
+
 def test_an_external_name_service_is_called_after_its_target() -> None:
     known = names_after(service("db", type="ExternalName", externalName="db.example.com.", ports=None))
 

@@ -53,6 +53,17 @@ WEB_2_PORT_80_UDP_ADDR=fd00:10:96::b
 """
 
 
+def test_text_that_is_no_name_is_no_part_of_a_variable() -> None:
+    ports = [api.ServicePort(80, "a=1\nPATH"), api.ServicePort(81, "b", "tcp\nPATH=/"), api.ServicePort(82)]
+
+    found = environment({NamespacedName("shop", "odd"): KnownService(ports, ServiceNames(("10.96.0.9",)))}, "shop")
+
+    assert "".join(found.values()).isprintable()
+    assert [name for name in found if not name.startswith("ODD_PORT_82_")] == [
+        "ODD_SERVICE_HOST", "ODD_SERVICE_PORT", "ODD_PORT",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("namespace", "expected"), [("shop", OF_API + OF_WEB), ("default", OF_API), ("empty", OF_API)])
 def test_a_pod_has_the_variables_of_its_namespace_and_of_the_api(namespace: str, expected: str) -> None:
     found = environment(SERVICES, namespace)

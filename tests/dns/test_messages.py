@@ -7,6 +7,7 @@ from functools import partial
 
 import dns.message
 import dns.rcode
+import dns.update
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,6 +65,17 @@ NAME = b"\3web\0\0\1\0\1"
 )
 def test_what_is_no_question_is_refused_by_the_right_code(message: bytes, rcode: int | None) -> None:
     assert rcode_of(message) == rcode
+
+
+def test_an_answer_has_the_opcode_of_its_query() -> None:
+    query = dns.update.UpdateMessage("cluster.local")
+    question = read_question(query.to_wire())
+    assert question is not None
+
+    answer = dns.message.from_wire(reply(question, PackedAnswer(question.error), 512))
+
+    assert query.is_response(answer)
+    assert answer.rcode() == dns.rcode.NOTIMP
 
 
 def test_an_answer_has_edns_if_the_question_had() -> None:

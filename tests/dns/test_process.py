@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 import random
+import resource
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import MappingProxyType
 
 import dns.message
@@ -17,11 +19,12 @@ import dns.rcode
 import pytest
 
 from tests.dns.questions import DOMAIN, SERVICES, values
+from userspace_proxy.compare.meters import process_cpu_s
 from userspace_proxy.dataplane import child
 from userspace_proxy.dns.sink import DnsSink
 from userspace_proxy.dns.sockets import open_sockets
 from userspace_proxy.dns.wire import DnsSettings
-from userspace_proxy.model.dns_names import ServiceNames
+from userspace_proxy.model.dns_names import DnsHost, HostGroup, ServiceNames
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.state import ProxyState
 
@@ -55,6 +58,25 @@ async def asked(name: str, kind: str = "A", timeout_s: float = 20.0) -> dns.mess
             answer = dns.message.from_wire(await loop.sock_recv(sock, 65_535))
     assert query.is_response(answer)
     return answer
+
+
+async def test_without_a_free_descriptor_tcp_clients_wait_and_cost_nothing(served: DnsSink) -> None:
+    free = min(set(range(1_024)) - {int(fd.name) for fd in Path(f"/proc/{served.pid}/fd").iterdir()})
+    before = resource.prlimit(served.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(served.pid, resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        reader, writer = await asyncio.open_connection(IP, 53)
+        writer.write(dns.message.make_query(f"web{DOMAIN}", "A").to_wire(prepend_length=True))
+        cpu_s = process_cpu_s([served.pid])
+        await asyncio.sleep(0.5)
+        assert process_cpu_s([served.pid]) - cpu_s < 0.25
+    finally:
+        resource.prlimit(served.pid, resource.RLIMIT_NOFILE, before)
+    async with asyncio.timeout(20):
+        answer = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+    writer.close()
+
+    assert values(dns.message.from_wire(answer)) == ["10.96.0.11"]
 
 
 async def test_a_process_that_is_stopped_is_replaced(served: DnsSink, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +132,31 @@ async def test_slow_clients_are_bounded_and_leave_room_for_others(served: DnsSin
     finally:
         for _, writer in slow:
             writer.transport.abort()
+
+
+async def test_a_tcp_client_that_reads_no_answers_is_cut_off(served: DnsSink) -> None:
+    hosts = tuple(DnsHost(f"h{i}", f"10.0.{i >> 8}.{i & 255}") for i in range(4_000))
+    await served.sync(state({"many": ServiceNames(groups=(HostGroup((), hosts),))}))
+    await served.counts()  # it has taken in the names
+    query = dns.message.make_query(f"many{DOMAIN}", "A").to_wire(prepend_length=True)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        client.connect((IP, 53))
+        client.sendall(query * 400)  # 25 MB of answers
+        client.shutdown(socket.SHUT_WR)
+        async with asyncio.timeout(20):
+            while not is_held(client):
+                await asyncio.sleep(0.01)
+        async with asyncio.timeout(40):  # it has 10 s for reading
+            while is_held(client):
+                await asyncio.sleep(0.1)
+
+
+def is_held(client: socket.socket) -> bool:
+    """Return whether a process still has the server's end of *client*."""
+    port = f":{client.getsockname()[1]:04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(row[1].endswith(":0035") and row[2].endswith(port) and row[9] != "0" for row in rows)
 
 
 async def test_changed_names_are_answered_within_a_second(served: DnsSink) -> None:

@@ -180,6 +180,13 @@ def test_of_more_endpoints_as_many_as_fit_take_turns() -> None:
     assert of.cut == 5
 
 
+def test_a_truncated_answer_for_any_number_of_endpoints_has_as_many_as_fit() -> None:
+    answer = ask(responder({"many": many(4_500)}), f"many{DOMAIN}", limit_bytes=512)
+
+    assert answer.flags & dns.flags.TC
+    assert len(answer.answer[0]) > 25
+
+
 @pytest.mark.parametrize("edns", [False, True])
 def test_an_answer_that_is_too_long_is_truncated(edns: bool) -> None:
     limit_bytes = 1_232 if edns else 512
@@ -204,6 +211,18 @@ def test_each_address_of_a_headless_service_is_the_first_one_in_turn() -> None:
         return str(addresses[0])
 
     assert [first() for _ in range(6)] == ["10.0.0.0", "10.0.0.1", "10.0.0.2"] * 2
+
+
+def test_the_turns_are_those_of_one_question_whatever_else_is_asked() -> None:
+    """C libraries ask for A and AAAA in turn."""
+    of = responder({"db": many(2)})
+
+    found = []
+    for _ in range(4):
+        found.append(str(ask(of, f"db{DOMAIN}").answer[0][0]))
+        ask(of, f"db{DOMAIN}", "AAAA")
+
+    assert found == ["10.0.0.0", "10.0.0.1"] * 2
 
 
 def test_the_services_of_the_specification_have_no_mistakes() -> None:

@@ -176,6 +176,16 @@ async def test_servers_that_ask_this_one_are_not_asked() -> None:
         assert server.seen == []
 
 
+async def test_servers_are_asked_again_once_they_no_longer_ask_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("userspace_proxy.dns.upstream._LOOK_EVERY_S", 0.05)
+    async with serving(FIRST, with_address), upstream(FIRST) as asked:
+        asked.note_loop()
+        assert await asked.ask(TEXT) is None
+        async with asyncio.timeout(10):
+            while await asked.ask(TEXT) is None:
+                await asyncio.sleep(0.01)
+
+
 def refusing(query: dns.message.Message) -> dns.message.Message:
     answer = dns.message.make_response(query)
     answer.set_rcode(dns.rcode.REFUSED)

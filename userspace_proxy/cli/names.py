@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from userspace_proxy.cli.ask import NAMESPACE, SOCKET, ask
 from userspace_proxy.cli.options import GroupedCommand, fails_on, file_option, setting_options, settings_of
 from userspace_proxy.errors import StartError
+from userspace_proxy.printable import printable
 
 if TYPE_CHECKING:
     from userspace_proxy.config.settings import Settings
@@ -82,4 +83,4 @@ def _print(
         configure_logging("text")
         with fails_on(StartError):
             found = render(asyncio.run(known_services(settings)), settings)
-    click.echo("".join(f"{line}\n" for line in found), nl=False)
+    click.echo("".join(f"{printable(line)}\n" for line in found), nl=False)

@@ -38,10 +38,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Answer:
-    """What is known of a name in one family. ``error``: "" if the last answer had addresses."""
+    """What is known of a name in one family. ``error``: "" if the last answer had addresses.
+
+    ``is_known``: it has had addresses, or enough answers in a row that it has none.
+    """
 
     addresses: tuple[str, ...] = ()
     denials: int = 0
+    is_known: bool = False
     error: str = ""
 
 
@@ -98,9 +102,11 @@ class DnsEndpoints:
     def _note_services(self, events: Iterable[ObjectEvent]) -> None:
         for event in events:
             if event.kind == "Service" and event.name is not None:
-                self._services.pop(event.name, None)
-                if isinstance(event.object, api.Service) and (target := decode.dns_target(event.object)) is not None:
-                    self._services[event.name] = event.object, target
+                given = event.object
+                if isinstance(given, api.Service) and (target := decode.dns_target(given)) is not None:
+                    self._services[event.name] = given, target  # a changed one keeps its place
+                else:
+                    self._services.pop(event.name, None)
 
     def _resolved(self) -> Iterator[tuple[NamespacedName, api.Service, decode.DnsTarget]]:
         """Yield the Services whose names are asked for."""
@@ -143,7 +149,8 @@ class DnsEndpoints:
         for name, _, target in self._resolved():
             answers = [self._answers.get((target.name, family), _Answer()) for family in _TYPES]
             if all(answer.error for answer in answers):
-                kept = sum(len(answer.addresses) for answer in answers)
+                its = (NamespacedName(name.namespace, _slice_name(name.name, family)) for family in _TYPES)
+                kept = sum(len(self._slices[key].endpoints or ()) for key in its if key in self._slices)
                 reason = f"Service {name}: dns://{target.name} gives no addresses: {answers[0].error}"
                 self._problems[f"Service {name}"] = reason + (f"; its last {kept} stay in use" if kept else "")
         for place in self._problems.keys() - before.keys():
@@ -155,37 +162,48 @@ class DnsEndpoints:
 
     def _slice_events(self) -> Iterator[ObjectEvent]:
         """Yield the EndpointSlices that differ from those that the tracker has."""
+        before, self._slices = self._slices, self._wanted_slices()
+        for gone in before.keys() - self._slices.keys():
+            yield ObjectEvent(EventType.DELETE, "EndpointSlice", gone)
+        for its, piece in self._slices.items():
+            if before.get(its) != piece:
+                yield ObjectEvent(EventType.SET, "EndpointSlice", its, piece)
+
+    def _wanted_slices(self) -> dict[NamespacedName, api.EndpointSlice]:
         wanted: dict[NamespacedName, api.EndpointSlice] = {}
         for (namespace, name), service, target in self._resolved():
             for family in _TYPES:
-                if addresses := self._answers.get((target.name, family), _Answer()).addresses:
-                    its = NamespacedName(
-                        namespace, f"{name} from DNS, {family}"
-                    )  # no object of the API has such a name
-                    wanted[its] = _slice(service, target, family, addresses)
-        before, self._slices = self._slices, wanted
-        for gone in before.keys() - wanted.keys():
-            yield ObjectEvent(EventType.DELETE, "EndpointSlice", gone)
-        for its, piece in wanted.items():
-            if before.get(its) != piece:
-                yield ObjectEvent(EventType.SET, "EndpointSlice", its, piece)
+                its = NamespacedName(namespace, _slice_name(name, family))
+                answer = self._answers.get((target.name, family), _Answer())
+                if answer.addresses:
+                    wanted[its] = _slice(its.name, service, target, family, answer.addresses)
+                elif not answer.is_known and its in self._slices:
+                    wanted[its] = self._slices[its]  # those of an earlier name, until this one has been answered
+        return wanted
+
+
+def _slice_name(service: str, family: str) -> str:
+    """Return a name that no object of the API has."""
+    return f"{service} from DNS, {family}"
 
 
 def _keep(answer: _Answer, addresses: Sequence[str]) -> None:
     if addresses:
         answer.addresses = tuple(sorted(set(addresses))[:_ADDRESSES_MAX])
-        answer.denials, answer.error = 0, ""
+        answer.denials, answer.error, answer.is_known = 0, "", True
         return
     answer.denials += 1
     answer.error = "the name has none"
     if answer.denials >= _DENIALS:
-        answer.addresses = ()
+        answer.addresses, answer.is_known = (), True
 
 
-def _slice(service: api.Service, target: decode.DnsTarget, family: str, addresses: Iterable[str]) -> api.EndpointSlice:
+def _slice(
+    name: str, service: api.Service, target: decode.DnsTarget, family: str, addresses: Iterable[str]
+) -> api.EndpointSlice:
     ports = [
         EndpointPort(target.port or decode.target_port(p, _NO_POD) or p.port, p.name, p.protocol)
         for p in (service.spec.ports if service.spec else None) or ()
     ]
     labels = {decode.SERVICE_NAME_LABEL: service.metadata.name}
-    return api.EndpointSlice(ObjectMeta(labels=labels), family, [SliceEndpoint([ip]) for ip in addresses], ports)
+    return api.EndpointSlice(ObjectMeta(name, labels=labels), family, [SliceEndpoint([ip]) for ip in addresses], ports)

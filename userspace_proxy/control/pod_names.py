@@ -1,5 +1,6 @@
 """How processes find Services without cluster DNS: environment variables, and lines of /etc/hosts. Pure."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.endpoint import join_address
 from userspace_proxy.model.names import NamespacedName
 
+_LABEL = re.compile(r"[a-z0-9-]{1,63}")
 # Every pod has its variables (pkg/kubelet, masterServices).
 _MASTER_SERVICE = NamespacedName("default", "kubernetes")
 
@@ -42,9 +44,14 @@ def environment(services: Mapping[NamespacedName, KnownService], namespace: str)
     return {
         variable: value
         for name, service in sorted(found.items(), key=lambda item: item[0])
-        if service.names.cluster_ips and service.ports
-        for variable, value in _variables(name, service.names.cluster_ips[0], service.ports)
+        if service.names.cluster_ips and (ports := list(filter(_is_valid, service.ports)))
+        for variable, value in _variables(name, service.names.cluster_ips[0], ports)
     }
+
+
+def _is_valid(port: api.ServicePort) -> bool:
+    """Return whether *port* can be part of a variable. Those of another proxy's Services are not checked elsewhere."""
+    return port.protocol in (None, "TCP", "UDP", "SCTP") and (not port.name or bool(_LABEL.fullmatch(port.name)))
 
 
 def _variables(name: str, ip: str, ports: Sequence[api.ServicePort]) -> Iterator[tuple[str, str]]:

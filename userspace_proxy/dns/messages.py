@@ -33,7 +33,7 @@ BODY_MAX_BYTES = MESSAGE_MAX_BYTES - HEADER.size - _NAME_MAX_BYTES - 4 - 11
 RCODE_MASK = 0xF
 # IXFR, AXFR
 _TRANSFERS = {b"\0\xfb", b"\0\xfc"}
-_ECHOED = RECURSION_DESIRED | 0x10  # CD, of RFC 4035
+_ECHOED = _OPCODE | RECURSION_DESIRED | 0x10  # CD, of RFC 4035
 # Type, class, TTL and length of what follows.
 _RECORD = struct.Struct("!HHIH")
 _SRV, _SOA_TIMES = struct.Struct("!3H"), struct.Struct("!5I")

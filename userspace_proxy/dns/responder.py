@@ -79,10 +79,17 @@ class Responder:
             self._keep(key, map(self.zone.owner, names), answer)
         else:
             self.hits += 1
+            answer = self._next_turn(key, answer)
         if answer.surplus:
             self.cut += 1
             return messages.fitting(answer, self.cut * _STEP % len(answer.surplus))
-        return answer.turned(self.hits) if answer.each_bytes else answer
+        return answer
+
+    def _next_turn(self, key: bytes, answer: PackedAnswer) -> PackedAnswer:
+        """Return the kept *answer* with another address first than the last time, if it has nothing but addresses."""
+        if answer.each_bytes and not answer.surplus:
+            answer = self._answers[key] = answer.turned(1)
+        return answer
 
     def _keep(self, key: bytes, owners: Iterable[Labels], answer: PackedAnswer) -> None:
         self._bytes += len(answer.body) + sum(map(len, answer.surplus))
@@ -124,5 +131,6 @@ class Responder:
         )
         answer = pack_answer(messages.NOERROR, messages.AUTHORITATIVE, records + found, additionals=additionals)
         if kind in (A, AAAA) and len(found) > 1 and not records:
-            answer = answer._replace(each_bytes=len(answer.body) // len(found))
+            each_bytes = len(answer.surplus[0]) if answer.surplus else len(answer.body) // len(found)
+            answer = answer._replace(each_bytes=each_bytes)
         return answer, names

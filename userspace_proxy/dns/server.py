@@ -42,8 +42,9 @@ _LOOK_EVERY_S = 0.25
 _LAST_ANSWERS_S = 2.0
 # Questions for other servers that are under way.
 _TASKS_MAX = 2_048
-# Between two bugs that are logged.
+# Between two bugs, or shortages, that are logged.
 _BUG_PAUSE_S = 10.0
+_ACCEPT_AGAIN_S = 0.5
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _decoder: msgspec.msgpack.Decoder[wire.Request] = msgspec.msgpack.Decoder(wire.Request)
@@ -102,12 +103,17 @@ class DnsServer:
                 job.cancel()
             for sock in self._sockets:
                 self._loop.remove_reader(sock.fileno())
-                sock.close()
+                # Answers that other servers owe leave at UDP sockets. If this process served alone, the kernel would
+                # lead clients of its successor here.
+                if sock.type != socket.SOCK_DGRAM or not self._is_told_to_end:
+                    sock.close()
             self._is_told_to_end = True
             for writer in self._idle:
                 writer.close()
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=_LAST_ANSWERS_S)
+            for sock in self._sockets:
+                sock.close()
             self._channel.close()
 
     async def _serve_alone(self) -> None:
@@ -168,6 +174,11 @@ class DnsServer:
 
     def _serve(self, sock: socket.socket) -> None:
         self._sockets.append(sock)
+        self._watch(sock)
+
+    def _watch(self, sock: socket.socket) -> None:
+        if sock.fileno() < 0:
+            return  # closed meanwhile
         family = "1" if sock.family == socket.AF_INET else "2"  # as CoreDNS counts them
         serve = self._read_datagrams if sock.type == socket.SOCK_DGRAM else self._accept
         self._loop.add_reader(sock.fileno(), serve, sock, family)
@@ -206,8 +217,8 @@ class DnsServer:
     def _answer_at_once(self, pending: Pending, client: Client) -> bytes | None:
         """Return the answer to *pending* if it is known, or if the client may not ask; None if a server is due."""
         question, _, alias = pending
-        if question.text == self._upstream.probe:
-            self._upstream.loops = True
+        if question.key == self._upstream.probe:  # a server on the way may have written it in other letters
+            self._upstream.note_loop()
         if self._may_ask(client):
             if alias or (message := self._upstream.known_answer(question.text)) is None:
                 return None
@@ -284,22 +295,39 @@ class DnsServer:
     def _accept(self, listener: socket.socket, family: str) -> None:
         try:
             sock, (ip, *_) = listener.accept()
-        except OSError:
+        except (BlockingIOError, ConnectionAbortedError):  # another process accepted it, or the client is gone
             return
-        if self._streams.total() >= _STREAMS_MAX and self._idle:
-            next(iter(self._idle)).transport.abort()  # the one that has been idle for longest makes room
-        elif self._streams.total() >= _STREAMS_MAX or self._streams[ip] >= _STREAMS_OF_CLIENT_MAX:
+        except OSError as error:  # out of descriptors, for example
+            if self._loop.time() > self._silent_until:
+                self._silent_until = self._loop.time() + _BUG_PAUSE_S
+                log.warning("DNS over TCP: clients cannot be accepted, retrying: %s", error.strerror)
+            self._loop.remove_reader(listener.fileno())
+            self._loop.call_later(_ACCEPT_AGAIN_S, self._watch, listener)
+            return
+        is_full = self._streams.total() >= _STREAMS_MAX
+        if self._streams[ip] >= _STREAMS_OF_CLIENT_MAX or (is_full and not self._idle):
             sock.close()
             return
+        if is_full:
+            oldest = next(iter(self._idle))  # the one that has been idle for longest makes room
+            del self._idle[oldest]
+            oldest.transport.abort()
         self._streams[ip] += 1
         self._start(self._serve_stream(sock, Client(ip, "tcp", family, interface_of_stream(sock))))
 
     async def _serve_stream(self, sock: socket.socket, client: Client) -> None:
         try:
             reader, writer = await asyncio.open_connection(sock=sock)
-            with contextlib.closing(writer), contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-                while not self._is_told_to_end and await self._serve_query(reader, writer, client):
-                    pass
+            try:
+                with contextlib.suppress(OSError, TimeoutError):
+                    with contextlib.suppress(asyncio.IncompleteReadError):
+                        while not self._is_told_to_end and await self._serve_query(reader, writer, client):
+                            pass
+                    writer.close()
+                    async with asyncio.timeout(_STREAM_IDLE_S):
+                        await writer.wait_closed()
+            finally:
+                writer.transport.abort()  # close() alone waits for ever for a client that reads no answers
         finally:
             self._streams[client.ip] -= 1
             if not self._streams[client.ip]:
@@ -312,7 +340,7 @@ class DnsServer:
             async with asyncio.timeout(_STREAM_IDLE_S):
                 query = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
         finally:
-            del self._idle[writer]
+            self._idle.pop(writer, None)  # it may have made room for another one
         answer = self._answer(query, messages.MESSAGE_MAX_BYTES, client.transport, client.family)
         if isinstance(answer, Pending):
             answer = self._answer_at_once(answer, client) or await self._look_up(answer, client)
@@ -321,6 +349,7 @@ class DnsServer:
         writer.write(len(answer).to_bytes(2, "big") + answer)
         async with asyncio.timeout(_STREAM_IDLE_S):
             await writer.drain()
+        await asyncio.sleep(0)  # a client with many queries under way must not hold up others
         return True
 
 

@@ -58,7 +58,8 @@ class _Cached(NamedTuple):
 class Upstream:
     """The servers for other names: *servers*, or those of the file *resolv_conf*; never one of *own*.
 
-    ``probe``: a question that only this process asks. A server that receives it sets ``loops``.
+    ``probe``: a question that only this process asks; if it comes back, the server notes a loop (`note_loop`).
+    ``loops``: it came back. It is then asked again until it does not.
     """
 
     def __init__(self, servers: Sequence[str] | None, resolv_conf: str, own: Sequence[str]) -> None:
@@ -72,6 +73,7 @@ class Upstream:
         self._rests_until: dict[str, float] = {}
         self.probe = b""
         self.loops = False
+        self._came_back = False
         self.totals = {"forwarded": 0, "forward_failures": 0, "forward_refused": 0, "forward_hits": 0}
 
     async def run(self) -> None:
@@ -84,12 +86,27 @@ class Upstream:
                 self._servers = [ip for ip in found if ip not in self._own][:SERVERS_MAX]
                 self.loops = False
                 log.info("names outside of the cluster domain are asked at %s", ", ".join(self._servers) or "no server")
-                label = secrets.token_hex(16).encode()
-                self.probe = bytes([len(label)]) + label + b"\0" + _HINFO_INTERNET
-                await self.ask(self.probe)
-                if self.loops:
+                if await self._look_for_loop():
                     log.error("other names are not asked for: the servers %s ask this one", ", ".join(self._servers))
+            elif self.loops and not await self._look_for_loop():
+                log.info("the servers %s no longer ask this one", ", ".join(self._servers))
             await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _look_for_loop(self) -> bool:
+        """Ask the probe. Return whether it came back, also if no server answers now and it came back before."""
+        label = secrets.token_hex(16).encode()
+        self.probe = bytes([len(label)]) + label + b"\0" + _HINFO_INTERNET
+        self._came_back, answer = False, None
+        if self._servers:
+            self.totals["forwarded"] += 1
+            answer = await self._ask(self.probe, self.probe)
+        if self._came_back or answer is not None:  # silence proves nothing
+            self.loops = self._came_back
+        return self.loops
+
+    def note_loop(self) -> None:
+        """Note that the probe has come back."""
+        self.loops = self._came_back = True
 
     async def ask(self, text: bytes) -> bytes | None:
         """Return the answer to the question *text*, or None if no server gives one. The answer has another query id."""

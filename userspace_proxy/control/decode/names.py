@@ -1,5 +1,6 @@
 """Decodes the names and addresses that cluster DNS publishes for a Service. Pure; incomplete entries are skipped."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -10,13 +11,17 @@ from userspace_proxy.control.decode.service_ports import stated_cluster_ips
 from userspace_proxy.model.dns_names import DnsHost, HostGroup, NamedPort, ServiceNames
 from userspace_proxy.model.endpoint import family_of
 
+# Also names that are no host names, such as those with an underscore, are published.
+_LABEL = re.compile(r"[A-Za-z0-9_-]{1,63}")
+
 _Groups = dict[tuple[NamedPort, ...], dict[DnsHost, None]]
 
 
 def external_name(service: api.Service) -> str:
-    """Return the name that *service* stands for, without a final dot; "" if it is no ExternalName Service."""
+    """Return the name that *service* stands for, without a final dot; "" if it has none."""
     spec = service.spec
-    return (spec.external_name or "").rstrip(".") if spec is not None and spec.type == "ExternalName" else ""
+    name = (spec.external_name or "").rstrip(".") if spec is not None and spec.type == "ExternalName" else ""
+    return name if all(map(_LABEL.fullmatch, name.split("."))) else ""
 
 
 def valid_cluster_ips(service: api.Service) -> tuple[str, ...]:
@@ -105,7 +110,8 @@ def _of_families(spec: api.objects.ServiceSpec, ips: list[str]) -> list[str]:
 
 def _add(hosts: dict[DnsHost, None], hostname: str | None, given: str) -> None:
     if (ip := backend_ip(given)) is not None:
-        hosts[DnsHost(hostname or dashed(ip), ip)] = None
+        is_name = hostname is not None and _LABEL.fullmatch(hostname)
+        hosts[DnsHost(hostname if hostname and is_name else dashed(ip), ip)] = None
 
 
 def dashed(ip: str) -> str:
