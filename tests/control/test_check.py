@@ -475,7 +475,7 @@ def annotated(annotation: str) -> str:
             12,
             "spec.ports[0].\u00a0port",
             "non-breaking space",
-            "anew",
+            "again",
             id="pasted spaces",
         ),
         pytest.param(

@@ -52,6 +52,17 @@ async def test_a_cluster_has_services_of_every_proxy_and_headless_ones(tmp_path:
     assert hosts == (DnsHost("db-0", "10.244.0.2"),)
 
 
+async def test_the_login_of_several_kubeconfigs_is_used_as_by_kubectl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with api_server() as server:
+        web = {"metadata": {"name": "web", "namespace": "default"}}
+        await server.put(SERVICES, {**web, "spec": {"clusterIP": "172.30.0.9", "ports": [{"port": 80}]}})
+        monkeypatch.setenv("KUBECONFIG", f"{tmp_path / 'none'}:{kubeconfig(tmp_path, server.url)}:")
+
+        assert set(await known_services(Settings())) == {WEB}
+
+
 async def test_without_manifests_and_without_a_login_there_is_nothing_to_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

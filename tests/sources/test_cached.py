@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import time
@@ -17,9 +18,11 @@ from tests.apiserver import NODES, SERVICES, SLICES, ApiServer, api_server
 from tests.sources.test_kubernetes import kubeconfig
 from userspace_proxy import api
 from userspace_proxy.api.events import EventType, ObjectEvent
+from userspace_proxy.sources import cached
 from userspace_proxy.sources.cached import CachedSource, CacheSettings
 from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
 from userspace_proxy.sources.login import ApiTransport
+from userspace_proxy.sources.paths import replace_file
 from userspace_proxy.sources.reflector import Pace
 
 SOON_S = 20.0
@@ -171,6 +174,11 @@ def _age(file: Path) -> None:
     os.utime(file, (0, time.time() - 100))
 
 
+def _pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 def _nothing(file: Path) -> None:
     """Leave *file* as it is."""
 
@@ -181,6 +189,7 @@ def _nothing(file: Path) -> None:
         (_damage, {}, "it is damaged"),
         (lambda file: file.write_bytes(b""), {}, "it is damaged"),
         (_age, {"max_age_s": 99.0}, "it is older than --max-state-age"),
+        (_pipe, {}, "it is no regular file"),
         (_nothing, {"origin": "https://other on node node-1"}, "it is of https://api on node node-1"),
     ],
 )
@@ -201,3 +210,24 @@ async def test_a_file_that_cannot_be_used_is_named_and_ignored(
         await kept.start()
         await until(lambda: follower.synced)
         assert follower.endpoints("old") == ["10.244.1.3"]
+
+
+async def test_a_write_that_failed_is_repeated_without_another_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts = []
+
+    def write(file: Path, content: bytes) -> None:
+        attempts.append(file)
+        if len(attempts) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_file(file, content)
+
+    monkeypatch.setattr(cached, "replace_file", write)
+    monkeypatch.setattr(cached, "_WRITE_EVERY_S", 0.05)
+    async with api_server() as server:
+        await serve(server, "web", ("10.244.0.2", "node-1"))
+        async with following(tmp_path, server, settings(tmp_path)):
+            await until((tmp_path / "cluster-state").exists)
+
+    assert "cannot be written: No space left on device" in caplog.text

@@ -101,7 +101,7 @@ class Told:
 async def following(
     config: Path | None, *, proxy_name: str = "", synced: bool = True, node_patience_s: float = PATIENCE_S
 ) -> AsyncIterator[Told]:
-    transport = ApiTransport(config)
+    transport = ApiTransport(*([config] if config else []))
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(transport.close)
         await transport.open()
@@ -463,6 +463,28 @@ async def test_a_user_in_the_url_of_a_server_comes_before_a_token(tmp_path: Path
     assert f"Authorization: Basic {base64.b64encode(b'user:sec@ret').decode()}\r\n" in requests[0]
 
 
+async def test_the_first_of_several_kubeconfigs_counts(tmp_path: Path) -> None:
+    """As for kubectl: users may stand in another file than the context and the cluster."""
+    first, second = ({"apiVersion": "v1", "kind": "Config", "users": [{"name": "me", "user": {}}]} for _ in range(2))
+    for plain, port in ((first, 1), (second, 2)):
+        plain["current-context"] = f"of-{port}"
+        plain["contexts"] = [{"name": f"of-{port}", "context": {"cluster": "same", "user": "me"}}]
+        plain["clusters"] = [{"name": "same", "cluster": {"server": f"http://127.0.0.1:{port}"}}]
+    del first["users"]
+    files: list[Path] = []
+    for plain in (first, second):
+        files.append(tmp_path / f"kubeconfig-{len(files)}")
+        files[-1].write_text(json.dumps(plain))
+
+    said = {}
+    for order in (files, files[::-1]):
+        transport = ApiTransport(*order)
+        said[order[0]] = await transport.open()
+        await transport.close()
+
+    assert said == {files[0]: "http://127.0.0.1:1", files[1]: "http://127.0.0.1:2"}
+
+
 async def test_a_kubeconfig_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="no such file"):
         await ApiTransport(tmp_path / "nothing").open()
@@ -472,7 +494,7 @@ async def test_in_cluster_outside_of_a_pod_is_an_error(monkeypatch: pytest.Monke
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
 
     with pytest.raises(StartError, match="--in-cluster: no login: Service host/port is not set"):
-        await ApiTransport(None).open()
+        await ApiTransport().open()
 
 
 def test_serving_files_imports_no_cluster_library() -> None:
@@ -533,10 +555,9 @@ async def test_certificates_that_a_kubeconfig_holds_are_left_nowhere(
         hold_certificates(config := kubeconfig(tmp_path, server.url), certificates)
         transport = ApiTransport(config)
         await transport.open()
+        assert list(leftovers.iterdir()) == [], "nothing would remove them if this process were killed"
         async with transport.get(SERVICES, {}) as response:
             assert response.status == 200
         await transport.close()
     finally:
         await server.stop()
-
-    assert list(leftovers.iterdir()) == []

@@ -44,7 +44,7 @@ async def open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> t
     from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
     from userspace_proxy.sources.reflector import Pace
 
-    transport, url = await _log_in(settings.kubeconfig, stack)
+    transport, url = await _log_in([settings.kubeconfig] if settings.kubeconfig else [], stack)
     for_dns, proxy_name = bool(settings.dns), settings.service_proxy_name
     following = reflectors(transport, settings.node_name, proxy_name, Pace(), random.Random(), for_dns=for_dns)  # noqa: S311
     log.info("following %s as node %s", url, settings.node_name)
@@ -70,23 +70,25 @@ async def open_services(
     from userspace_proxy.sources.kubernetes import KubernetesSource, service_reflectors
     from userspace_proxy.sources.reflector import Pace
 
-    transport, _ = await _log_in(kubeconfig or _default_kubeconfig(), stack)
+    transport, _ = await _log_in([kubeconfig] if kubeconfig else _default_kubeconfigs(), stack)
     return KubernetesSource(service_reflectors(transport, name, Pace(), random.Random()), for_dns=True)  # noqa: S311
 
 
-async def _log_in(kubeconfig: Path | None, stack: contextlib.AsyncExitStack) -> tuple[ApiTransport, str]:
+async def _log_in(kubeconfigs: Sequence[Path], stack: contextlib.AsyncExitStack) -> tuple[ApiTransport, str]:
     from userspace_proxy.sources.login import ApiTransport
 
-    transport = ApiTransport(kubeconfig)
+    transport = ApiTransport(*kubeconfigs)
     stack.push_async_callback(transport.close)
     return transport, await transport.open()
 
 
-def _default_kubeconfig() -> Path:
-    path = Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config")
-    if not path.is_file():
-        raise StartError(f"there is no {path}; give --kubeconfig FILE, or manifests")
-    return path
+def _default_kubeconfigs() -> list[Path]:
+    """Return the files of $KUBECONFIG that exist, or else kubectl's default."""
+    given = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
+    found = [Path(file) for file in given.split(os.pathsep) if file and Path(file).is_file()]
+    if not found:
+        raise StartError(f"there is no {given}; give --kubeconfig FILE, or manifests")
+    return found
 
 
 def _cache_settings(settings: Settings, origin: str) -> CacheSettings:

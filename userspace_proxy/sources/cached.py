@@ -171,6 +171,8 @@ class CachedSource:
     def _load(self) -> _SavedState | None:
         file, settings = self._settings.file, self._settings
         try:
+            if file.exists() and not file.is_file():
+                raise ValueError("it is no regular file")  # noqa: TRY301
             content = file.read_bytes()
             saved_at = file.stat().st_mtime
             if hashlib.blake2b(content[_DIGEST_BYTES:], digest_size=_DIGEST_BYTES).digest() != content[:_DIGEST_BYTES]:
@@ -204,15 +206,17 @@ class CachedSource:
                 async with asyncio.timeout(_CONFIRM_EVERY_S):
                     await self._changed.wait()
             except TimeoutError:
-                if self._is_complete and not any(watch.failing_since for watch in self.watches):
-                    await asyncio.to_thread(self._attempt, None)
+                is_current = self._is_complete and not any(watch.failing_since for watch in self.watches)
+                if is_current and not await asyncio.to_thread(self._attempt, None):
+                    self._changed.set()
                 continue
             self._changed.clear()
-            await asyncio.to_thread(self._attempt, list(self._objects.items()))
+            if not await asyncio.to_thread(self._attempt, list(self._objects.items())):
+                self._changed.set()  # written later; until then the file is not confirmed
             await asyncio.sleep(_WRITE_EVERY_S)
 
-    def _attempt(self, objects: list[tuple[ObjectKey, api.KubernetesObject]] | None) -> None:
-        """Write *known*, or if None, confirm what is written. A repeated failure is logged once."""
+    def _attempt(self, objects: list[tuple[ObjectKey, api.KubernetesObject]] | None) -> bool:
+        """Write *objects*, or if None, confirm what is written. Return False if that fails, which is logged once."""
         try:
             if objects is None:
                 os.utime(self._settings.file)
@@ -225,6 +229,7 @@ class CachedSource:
             self._failure = failure
         else:
             self._failure = ""
+        return not self._failure
 
     def _write(self, objects: Sequence[api.KubernetesObject]) -> None:
         state = _SavedState(

@@ -7,8 +7,9 @@ import it.
 import asyncio
 import contextlib
 import logging
+import os
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -32,6 +33,8 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_
 _USER_TIMEOUT_MS = 30_000
 # No total time-out: the reflector has its own time-outs, and a watch has no end.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
+# For reading the kubeconfig, and for the end of a credential plugin.
+_LOGIN_S = 20.0
 _WRITE_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 
 # Fields of a kubeconfig that name files.
@@ -77,10 +80,13 @@ class StreamedResponse:
 
 
 class ApiTransport:
-    """A `Transport` to the API server of *kubeconfig*, or without one, of the cluster that runs this pod."""
+    """A `Transport` to the API server of *kubeconfigs*, or without one, of the cluster that runs this pod.
 
-    def __init__(self, kubeconfig: Path | None) -> None:
-        self._kubeconfig = kubeconfig
+    Several are merged as kubectl does it: the first one that has a current context, or a certain name, counts.
+    """
+
+    def __init__(self, *kubeconfigs: Path) -> None:
+        self._kubeconfigs = kubeconfigs
         self._session: _Session | None = None
         self._logging_in = asyncio.Lock()
 
@@ -90,8 +96,8 @@ class ApiTransport:
         Raises:
             StartError: the kubeconfig is missing or invalid, or this process does not run in a pod.
         """
-        where = f"--kubeconfig {self._kubeconfig}" if self._kubeconfig else "--in-cluster"
-        if self._kubeconfig and not self._kubeconfig.is_file():
+        where = f"--kubeconfig {_joined(self._kubeconfigs)}" if self._kubeconfigs else "--in-cluster"
+        if not all(file.is_file() for file in self._kubeconfigs):
             raise StartError(f"{where}: no such file")
         try:
             session = await self._current_session()
@@ -101,13 +107,8 @@ class ApiTransport:
 
     async def close(self) -> None:
         if self._session is not None:
-            from kubernetes_asyncio.config.kube_config import _cleanup_temp_files
-
             await self._session.client.close()
             self._session = None
-            # Temporary files with certificates from the kubeconfig. The library removes them at exit, which execve()
-            # skips.
-            _cleanup_temp_files()
 
     @contextlib.asynccontextmanager
     async def get(self, path: str, params: Mapping[str, str]) -> AsyncGenerator[Response]:
@@ -164,7 +165,11 @@ class ApiTransport:
         async with self._logging_in:
             before = self._session
             if before is None or before.is_refused:
-                self._session = await self._log_in()
+                try:
+                    async with asyncio.timeout(_LOGIN_S):
+                        self._session = await self._log_in()
+                except TimeoutError:
+                    raise ConnectionError(f"no login within {_LOGIN_S:g} s: does a credential plugin hang?") from None
                 if before is not None:
                     log.info("credentials were read again")
                     await self._close_if_unused(before)
@@ -180,28 +185,44 @@ class ApiTransport:
             from kubernetes_asyncio.client import Configuration
             from kubernetes_asyncio.client.rest import RESTClientObject
             from kubernetes_asyncio.config import load_incluster_config, load_kube_config
+            from kubernetes_asyncio.config.kube_config import _cleanup_temp_files
 
         configuration = Configuration()
         # Python 3.13 refuses authorities without a key usage or key identifier, which kubectl accepts.
         configuration.disable_strict_ssl_verification = True
-        if self._kubeconfig is not None:
-            await run_in_thread("read kubeconfig", partial(_check_kubeconfig, self._kubeconfig))
+        checks = (partial(_check_kubeconfig, file) for file in self._kubeconfigs)
+        contexts = [await run_in_thread("read kubeconfig", check) for check in checks]
+        context = next(filter(None, contexts), None)  # the library's default is that of the last file
         try:
-            if self._kubeconfig is None:
+            if not self._kubeconfigs:
                 load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
             else:
-                await load_kube_config(str(self._kubeconfig), client_configuration=configuration, persist_config=False)
+                await load_kube_config(
+                    _joined(self._kubeconfigs),
+                    context=context,
+                    client_configuration=configuration,
+                    persist_config=False,
+                )
             for url in (configuration.host, configuration.proxy):
                 _check_url(url)
             return _Session(configuration, RESTClientObject(configuration))
         except Exception as error:
             # Foreign files and plugins raise anything, AssertionError and TypeError among them.
             raise ConnectionError(f"no login: {error or type(error).__name__}") from error
+        finally:
+            # Files with keys and certificates of the kubeconfig. The HTTP client has read them, and the library would
+            # only remove them at a regular exit.
+            _cleanup_temp_files()
 
 
-def _check_kubeconfig(kubeconfig: Path) -> None:
-    """Raise ConnectionError if reading *kubeconfig*, or a file it names, might not end.
+def _joined(kubeconfigs: Sequence[Path]) -> str:
+    return os.pathsep.join(map(str, kubeconfigs))
 
+
+def _check_kubeconfig(kubeconfig: Path) -> str | None:
+    """Return the current context of *kubeconfig*, if it has one.
+
+    Raise ConnectionError if reading it, or a file it names, might not end.
     The login library reads them without a size limit and with a recursive parser.
     """
     try:
@@ -215,6 +236,8 @@ def _check_kubeconfig(kubeconfig: Path) -> None:
     for field, path in _named_files(plain):
         if (file := kubeconfig.parent / path).exists() and not file.is_file():
             raise ConnectionError(f"no login: {field} {path!r} is not a regular file")
+    context = _get(plain, "current-context")
+    return context if isinstance(context, str) else None
 
 
 def _named_files(kubeconfig: object) -> Iterator[tuple[str, str]]:

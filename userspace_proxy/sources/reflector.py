@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -28,6 +29,7 @@ T = TypeVar("T")
 _LINE_MAX_BYTES = 16 << 20
 _PAGE_OBJECTS = 500
 _REASON_MAX_BYTES = 64 << 10
+_RETRY_AFTER_MAX_S = 300.0
 _INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 
 log = logging.getLogger(__name__)
@@ -142,6 +144,7 @@ class Reflector(Generic[T]):
         self._version: int | None = None  # to continue watching from; None: list everything first
         self._found: _Found[T] | None = None  # during a list
         self._lists_next = False  # with LIST, because the watch failed to do it
+        self._stands_since = inf  # when the server accepted the current watch
         self._is_silent = False
         self._asks_version = False  # check it before watching: the server or its history may have changed
         self.stats = WatchStats(kind)
@@ -152,7 +155,7 @@ class Reflector(Generic[T]):
         self._reported.forget()
         self._version, self._asks_version = None, False
         while True:
-            began_at = self._now()
+            self._stands_since = inf
             failure = None
             try:
                 async with contextlib.aclosing(self._follow()) as batches:
@@ -160,7 +163,7 @@ class Reflector(Generic[T]):
                         yield batch
             except FollowError as error:
                 failure = error
-            if self._now() - began_at >= self._pace.good_s:
+            if self._now() - self._stands_since >= self._pace.good_s:
                 self._backoff.reset()
             elif failure is None:
                 failure = FollowError("a watch ended as soon as it had begun", self._pace.cut_max_s)
@@ -216,6 +219,7 @@ class Reflector(Generic[T]):
         self._found = None if self._version is not None else _Found()
         splitter = LineSplitter(_LINE_MAX_BYTES)
         async with self._answer(self._watch_params()) as response:
+            self._stands_since = self._now()
             stands = asyncio.get_running_loop().call_later(self._pace.good_s, self._note_lasting)
             try:
                 async for chunk in self._chunks(response):
@@ -440,7 +444,7 @@ class Reflector(Generic[T]):
         if self._found is not None and code in (400, 422):
             return _NoWatchListError(message, longest_s, at_once=True)
         retry_after = headers.get("Retry-After", "")
-        retry_after_s = min(float(retry_after), longest_s) if retry_after.isdecimal() else 0.0
+        retry_after_s = min(float(retry_after), _RETRY_AFTER_MAX_S) if retry_after.isdecimal() else 0.0
         return FollowError(message, longest_s, retry_after_s=retry_after_s, at_once=code == 401)
 
     async def _chunks(self, response: Response) -> AsyncGenerator[bytes]:
