@@ -54,7 +54,7 @@ ROUND_ROBIN = "each new connection goes to the next endpoint (rr: round robin)."
             "192.168.50.1",
             30_080,
             VirtualServerSpec("sh"),
-            "-A -t 192.168.50.1:30080 -s sh -b flag-3",
+            "-A -t 192.168.50.1:30080 -s sh -b sh-fallback,flag-3",
             "A virtual server for the node port 192.168.50.1:30080 (TCP): a hash of the client's address chooses the "
             f"endpoint (sh).{FLAG}",
         ),

@@ -140,6 +140,29 @@ def test_schedulers_and_weights_are_those_of_the_annotations(proxy: IpvsProxy, w
     assert Counter(answers(world.client, "10.96.9.5", 80) for _ in range(12)) == {"pod1": 9, "pod2": 3}
 
 
+def test_clients_that_source_hashing_leads_to_an_endpoint_with_weight_0_get_another_one(
+    proxy: IpvsProxy, world: ServiceLab
+) -> None:
+    """An endpoint that leaves has weight 0 until its last connection ends."""
+    manifest = documents(service("web", "10.96.9.26"), endpoints("web", POD1, POD2))
+    said = f'{{userspace-proxy/ipvs-scheduler: sh, userspace-proxy/weights: "{POD1}=0"}}'
+    proxy.apply("web", manifest.replace("metadata: {name: web}", f"metadata: {{name: web, annotations: {said}}}"))
+    proxy.start()
+    clients = [f"192.168.50.{number}" for number in range(101, 117)]
+    for ip in clients:
+        world.client.ip("address", "add", f"{ip}/24", "dev", "eth0")
+    try:
+        for ip in clients:
+            with world.client.inside():
+                sock = socket.create_connection(("10.96.9.26", 80), timeout=10, source_address=(ip, 0))
+            with sock:
+                sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                assert b"pod2" in sock.recv(1 << 16)
+    finally:
+        for ip in clients:
+            world.client.ip("address", "del", f"{ip}/24", "dev", "eth0")
+
+
 def test_schedulers_that_this_kernel_lacks_are_replaced(proxy: IpvsProxy, world: ServiceLab) -> None:
     proxy.give("web", "10.96.9.25", POD1)
     proxy.start("--ipvs-scheduler", "twos")

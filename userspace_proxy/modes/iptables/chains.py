@@ -225,9 +225,8 @@ def _to_node_ports(family: Family, options: ChainOptions) -> list[RuleLine]:
     if cidrs and not any(is_everything((cidr,)) for cidr in cidrs):
         networks = (ipaddress.ip_network(cidr, strict=False) for cidr in cidrs)
         return [
-            RuleLine(f"-d {network} {comment} {to}", f"Packets to {host(str(network))}: {last}")
-            if network.num_addresses == 1
-            else RuleLine(f"-d {network} {comment} {local} {to}", f"{xtables.at_own_address(str(network))}: {last}")
+            # Also for a single address: it may be that of another node, if all nodes have the same options.
+            RuleLine(f"-d {network} {comment} {local} {to}", f"{xtables.at_own_address(str(network))}: {last}")
             for network in networks
         ]
     # At ::1 they cannot work, as IPv6 has no route_localnet.

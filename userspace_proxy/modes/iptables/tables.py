@@ -39,7 +39,7 @@ TABLES = ("filter", "nat")
 _SHARED = frozenset(SHARED)
 # The chains of a service port. Each stands behind those to which its rules jump.
 _DEPTHS = ("KUBE-SEP-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-")
-# To delete a rule, iptables searches from the top. From this number on, writing the chain anew is cheaper.
+# To delete a rule, iptables searches from the top. From this number on, writing the whole chain is cheaper.
 _DELETED_MAX = 100
 
 

@@ -20,7 +20,7 @@ from userspace_proxy.model.endpoint import Address, family_of
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.ipvs.changes import ConnectionCounts, ServerChange, Verb
-from userspace_proxy.modes.ipvs.table import OWN_FLAG, VirtualServers, VirtualServerSpec
+from userspace_proxy.modes.ipvs.table import FALL_BACK_FLAG, FALLING_BACK, OWN_FLAG, VirtualServers, VirtualServerSpec
 from userspace_proxy.netfilter.sets import packed_ip
 from userspace_proxy.netlink import attribute, attributes
 
@@ -191,10 +191,11 @@ def _body(change: ServerChange) -> bytes:
         dest += b"".join(attribute(name, struct.pack("=I", value)) for name, value in settings)
         return _command(_OF_ENDPOINT[verb]) + attribute(_SERVICE, key) + attribute(_DEST, dest)
     if verb is not Verb.DELETE:
-        persistent = 0 if server.affinity_timeout_s is None else _PERSISTENT
+        flags = OWN_FLAG | (0 if server.affinity_timeout_s is None else _PERSISTENT)
+        flags |= FALL_BACK_FLAG if server.scheduler in FALLING_BACK else 0
         key += (
             attribute(_SVC_SCHEDULER, server.scheduler.encode() + b"\0")
-            + attribute(_SVC_FLAGS, struct.pack("=II", OWN_FLAG | persistent, 0xFFFF_FFFF))
+            + attribute(_SVC_FLAGS, struct.pack("=II", flags, 0xFFFF_FFFF))
             + attribute(_SVC_TIMEOUT, struct.pack("=I", server.affinity_timeout_s or 0))
             + attribute(_SVC_NETMASK, _ONE_CLIENT[family])
         )

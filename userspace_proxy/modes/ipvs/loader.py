@@ -170,7 +170,7 @@ class IpvsTables:
             await self._set_addresses(present, host_ips)  # for the Services that were not refused, too
 
     async def _addresses(self) -> tuple[str, ...]:
-        """Return this host's addresses. If they may have changed, read them and those of our device anew."""
+        """Return this host's addresses. If they may have changed, read them and those of our device again."""
         if self._are_addresses_old or self._notices is None:
             self._are_addresses_old = False  # a notice during the read counts
             try:
@@ -280,7 +280,7 @@ class IpvsTables:
     async def remove(self) -> None:
         self._present.servers, self._facts = None, None
         await self._rules.remove()
-        if genetlink.is_loaded():
+        if genetlink.is_loaded() and _NEEDED.path.exists():  # in a user namespace IPVS has nothing, and does not answer
             ours = await _call(genetlink.own_portals)
             deletions = [ServerChange(Verb.DELETE, portal, VirtualServerSpec()) for portal in ours]
             for change, why in (await _call(genetlink.apply, deletions)).refused:

@@ -11,6 +11,7 @@ from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.ipvs.device import device_lines
 from userspace_proxy.modes.ipvs.table import (
+    FALLING_BACK,
     IpvsTable,
     VirtualServerSpec,
     at_host,
@@ -88,7 +89,9 @@ def server_lines(portal: Portal, server: VirtualServerSpec, name: ServicePortNam
     """Yield a virtual server and its endpoints as input of ``ipvsadm --restore``."""
     at = f"-{portal.protocol[0].lower()} {join_address(portal.ip, portal.port)}"
     affinity = f" -p {server.affinity_timeout_s}" if server.affinity_timeout_s is not None else ""
-    yield RuleLine(f"-A {at} -s {server.scheduler}{affinity} -b flag-3", partial(_server, portal, server), name)
+    fallback = f"{server.scheduler}-fallback," if server.scheduler in FALLING_BACK else ""
+    line = f"-A {at} -s {server.scheduler}{affinity} -b {fallback}flag-3"
+    yield RuleLine(line, partial(_server, portal, server), name)
     for endpoint, weight in server.weights.items():
         ip_port = join_address(*endpoint)
         yield RuleLine(f"-a {at} -r {ip_port} -m -w {weight}", partial(_endpoint, portal, ip_port, weight), name)

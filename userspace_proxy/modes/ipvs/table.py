@@ -24,6 +24,8 @@ from userspace_proxy.netfilter.sets import Elements, SetKind, class_id, packed_i
 
 # Marks virtual servers as ours (ipvsadm shows flag-3). No scheduler of the kernel gives it a meaning.
 OWN_FLAG = 0x20
+# Schedulers that refuse clients whose endpoint has weight 0, unless this flag is set (sh-fallback, mh-fallback).
+FALL_BACK_FLAG, FALLING_BACK = 0x8, ("sh", "mh")
 DEFAULT_SCHEDULER = "rr"
 # Schedulers that use weights; another algorithm gets the default scheduler. The kernel has no plain random one: twos
 # takes the one with fewer connections of two.
