@@ -152,6 +152,69 @@ def test_an_edited_manifest_takes_effect_and_one_that_is_deleted_leaves_nothing(
     assert re.search(r"^web-\S+ 10\.244\.1\.", done.stdout, re.MULTILINE)
 
 
+def test_a_manifest_with_a_mistake_is_named_and_its_last_good_version_stays(web: Path, tmp_path: Path) -> None:
+    good, broken = tmp_path / "good.yaml", tmp_path / "broken.yaml"
+    good.write_text(WEB)
+    broken.write_text(WEB.replace("{labels: {app: web}}", "{labels: {app: web}"))
+    done = lab(
+        f"cp {broken} {web}; until get pods | grep -q warning; do sleep 0.1; done; get deployments;"
+        f"apply -f {broken}; echo $?; cp {good} {web}; until ! get pods | grep warning >/dev/null; do sleep 0.1; done;"
+        "get deployments",
+        web,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^web +3/3\nwarning: .*web\.yaml:\d+: .*\n1\nNAME.*\nweb +3/3\n", done.stdout, re.MULTILINE)
+    assert re.search(r"apply: .*broken\.yaml:\d+: ", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "container",
+    ["{name: web, ports: [80]}", "{name: web, ports: [{containerPort: http}]}", "{ports: [{containerPort: 70000}]}"],
+)
+def test_a_pod_that_cannot_be_simulated_is_named_and_others_serve(tmp_path: Path, container: str) -> None:
+    path = tmp_path / "client.yaml"
+    path.write_text(
+        f"kind: Pod\napiVersion: v1\nmetadata: {{name: client}}\nspec: {{containers: [{container}]}}\n---\n{WEB}"
+    )
+
+    done = lab("curl -s http://web; get pods; kubectl exec deploy/web -- echo in a pod", path)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("in a pod\n")
+    assert "Traceback" not in done.stderr
+    assert "pod default/client serves nothing: " in done.stderr
+    assert re.match(r"web-\S+ 10\.244\.1\.", done.stdout)
+    assert re.search(r"^client ", done.stdout, re.MULTILINE)
+
+
+def test_words_read_options_as_kubectl_does(web: Path) -> None:
+    asked = (
+        *("kubectl -n default exec deploy/web -- echo a", "kubectl exec deploy/web -- head -n 1 /etc/passwd"),
+        *(
+            "get -n default services",
+            "get -n default -o wide svc/web",
+            "get -A svc",
+            "delete deploy wbe 2>&1",
+            "apply -f a -f b 2>&1",
+        ),
+        *("scale web other --replicas=2 2>&1", "delete deploy/web svc/web", "get -n default services 2>&1"),
+    )
+    done = lab("; echo ==; ".join(asked), web)
+
+    in_pod, head, services, wide, everywhere, typo, twice, two, deleted, none = done.stdout.split("==\n")
+    assert in_pod == "a\n"
+    assert len(head.splitlines()) == 1
+    assert re.search(r"^web +ClusterIP", services, re.MULTILINE)
+    assert re.search(r"^web +ClusterIP", wide, re.MULTILINE)
+    assert re.search(r"^default +web +ClusterIP", everywhere, re.MULTILINE)
+    assert typo == "delete: there is no Deployment default/wbe\n"
+    assert twice == "apply: give one -f; a folder stands for all its files\n"
+    assert two == "scale: usage: scale NAME N\n"
+    assert deleted == "deployment/web deleted\nservice/web deleted\n"
+    assert "No services found" in none
+
+
 def test_a_pod_that_hangs_or_is_silent_answers_nothing_until_it_is_ready(web: Path) -> None:
     done = lab(
         "scale web 1; for how in --hang --silent; do kill-pod $how web; curl -sm1 http://web; echo $?; ready web;"

@@ -25,14 +25,14 @@ spec:
 
 
 def test_what_the_proxy_reads_has_no_workloads_and_keeps_its_line_numbers() -> None:
-    _, rest = read("web.yaml", DEPLOYMENT)
+    _, rest, _ = read("web.yaml", DEPLOYMENT)
 
     assert "Deployment" not in rest
     assert rest.splitlines().index("kind: Service") == DEPLOYMENT.splitlines().index("kind: Service")
 
 
 def test_a_list_keeps_what_is_no_pod() -> None:
-    _, rest = read("list.yaml", '{"kind": "List", "items": [{"kind": "Pod", "metadata": {"name": "a"}}, '
+    _, rest, _ = read("list.yaml", '{"kind": "List", "items": [{"kind": "Pod", "metadata": {"name": "a"}}, '
                    '{"kind": "Service", "metadata": {"name": "b"}}]}')  # fmt: skip
 
     assert '"Service"' in rest

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import re
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from userspace_proxy.errors import ConfigError, StartError
 from userspace_proxy.lab.clients import connect
 from userspace_proxy.lab.hosts import BRIDGE, GATEWAY, Host, ServiceLab
 from userspace_proxy.lab.pod_server import PodServer
-from userspace_proxy.lab.workloads import NODE_NAME, Declared, Workload, declared, read
+from userspace_proxy.lab.workloads import NODE_NAME, Declared, Workload, declared, mapping_of, read
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.paths import expand
@@ -28,6 +29,9 @@ from userspace_proxy.sources.paths import read as read_file
 
 PODS_MAX = 250
 _PODS_NET = "10.244.0.0/16"
+_OTHER_HOSTS = ("client", "node")
+# What a manifest with fields of a wrong type, or numbers out of range, raises.
+_SHAPE_ERRORS = (AttributeError, KeyError, TypeError, ValueError, OverflowError)
 _LOOK_EVERY_S = 0.25
 GRACE_S = 1.0  # from SIGTERM to the end of a pod
 _ROLL_PAUSE_S = 0.3  # from a new pod that is ready to the end of an old one
@@ -68,7 +72,7 @@ class SimulatedPod:
     def manifest(self) -> str:
         """Return the Pod as the API server has it: with a node, an address and conditions."""
         assert self.plain is not None
-        spec = {"nodeName": NODE_NAME, **(self.plain.get("spec") or {})}
+        spec = {"nodeName": NODE_NAME, **mapping_of(self.plain, "spec")}
         metadata = dict(self.plain["metadata"])
         if self.is_terminating:
             metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z"
@@ -91,6 +95,8 @@ class Cluster:
         self._restarts: Counter[NamespacedName] = Counter()
         self._deleted: set[tuple[str, NamespacedName]] = set()
         self._seen: object = None
+        self._good: dict[str, tuple[list[Manifest], str]] = {}  # file -> what `read` has returned without a fault
+        self._known: set[tuple[str, NamespacedName]] = set()
         self._written: dict[str, str] = {}
         self._is_served = True  # whether the proxy has served what was written
         self.paths: list[str] = []
@@ -124,7 +130,10 @@ class Cluster:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if self._seen != self._look():
-                await self.reconcile()
+                try:
+                    await self.reconcile()
+                except (OSError, *_SHAPE_ERRORS, subprocess.SubprocessError) as error:
+                    self.problem = f"a change could not be followed: {error!r}"
 
     def workload(self, key: NamespacedName) -> Workload:
         """Return the workload *key* with the replicas that it has now. Raises KeyError."""
@@ -143,17 +152,30 @@ class Cluster:
         await self.reconcile()
 
     async def delete(self, kind: str, key: NamespacedName) -> None:
-        """Delete the object; a pod of a workload is replaced."""
+        """Delete the object; a pod of a workload is replaced.
+
+        Raises:
+            KeyError: there is no such object.
+        """
         if kind == "Pod" and (pod := self.pods.get(key)) is not None and pod.owner is not None:
-            self._end(pod)
-        else:
+            if not pod.is_terminating:
+                self._end(pod)
+        elif (kind, key) in self._known - self._deleted:
             self._deleted.add((kind, key))
+        else:
+            raise KeyError(key)
         await self.reconcile()
 
     async def apply(self, path: str) -> None:
-        """Serve the manifests in *path*, too; an object that was deleted by name is back."""
-        for file in expand(path):
-            found, _ = read(file, read_file(file))
+        """Serve the manifests in *path*, too; an object that was deleted by name is back.
+
+        Raises:
+            ConfigError: a document cannot be read. Nothing has changed.
+        """
+        files = [read(file, read_file(file)) for file in expand(path)]
+        if fault := next((fault for _, _, fault in files if fault), ""):
+            raise ConfigError(fault)
+        for found, _, _ in files:
             self._deleted -= {(one.kind, one.name) for one in found}
         self.paths = [*self.paths, path] if path not in self.paths else self.paths
         await self.reconcile()
@@ -221,10 +243,12 @@ class Cluster:
     def _read_manifests(self) -> None:
         manifests: list[Manifest] = []
         texts: dict[str, str] = {}
+        self._known.clear()
         for path in self.paths:
             try:
                 for file in expand(path):
-                    found, rest = read(file, read_file(file))
+                    found, rest = self._read_file(file)
+                    self._known |= {(one.kind, one.name) for one in found}
                     manifests += [one for one in found if self._is_kept(one)]
                     if any(not self._is_kept(one) for one in found):
                         kept = [one.plain for one in found if self._is_kept(one) and one.kind != "Pod"]
@@ -234,12 +258,21 @@ class Cluster:
                 self.problem = f"{path}: {error}"
         try:
             self.declared = declared(manifests)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except _SHAPE_ERRORS as error:
             self.problem = f"a manifest cannot be simulated: {error!r}; `userspace-proxy check` says what is wrong"
         for name in [name for name in self._written if not name.startswith(_POD_FILE) and name not in texts]:
             self._unlink(name)
         for name, text in texts.items():
             self._write(name, text)
+
+    def _read_file(self, file: str) -> tuple[list[Manifest], str]:
+        """Return the objects of *file*, and what the proxy gets of it: as before, if a document cannot be read now."""
+        found, rest, fault = read(file, read_file(file))
+        if fault:
+            self.problem = fault
+            return self._good.get(file, (found, rest))
+        self._good[file] = found, rest
+        return found, rest
 
     def _is_kept(self, manifest: Manifest) -> bool:
         return (manifest.kind, manifest.name) not in self._deleted
@@ -308,7 +341,8 @@ class Cluster:
         taken = {pod.ip for pod in self.pods.values()}
         if not ip or ip in taken:
             ip = next(free for free in self._free_ips if free not in taken)
-        host = Host(key.name if key.namespace in ("", "default") else f"{key.namespace}.{key.name}")
+        has_plain_name = key.namespace in ("", "default") and key.name not in _OTHER_HOSTS
+        host = Host(key.name if has_plain_name else f"{key.namespace}.{key.name}")
         pod = SimulatedPod(key, ip, host, PodServer(key.name, host, ip), plain, started_at=time.time(), **of_pod)
         self.pods[key] = pod
         if self._is_begun:
@@ -331,9 +365,12 @@ class Cluster:
 
     async def _serve(self, pod: SimulatedPod) -> None:
         ports = self.declared.addresses.get(pod.ip, frozenset())
-        if pod.plain is not None:
-            ports |= self.declared.ports(pod.plain)
-        await pod.server.serve(ports)
+        try:
+            if pod.plain is not None:
+                ports |= self.declared.ports(pod.plain)
+            await pod.server.serve(ports)
+        except (*_SHAPE_ERRORS, OSError) as error:
+            self.problem = f"pod {pod.key} serves nothing: {error!r}; `userspace-proxy check` says what is wrong"
 
     def _end(self, pod: SimulatedPod, grace_s: float = GRACE_S) -> None:
         """End *pod* as the kubelet does: it is terminating, answers for a grace period, and is gone."""
@@ -425,13 +462,14 @@ def _file_name(pod: SimulatedPod) -> str:
 
 
 def _fixed_ip(plain: Mapping[str, Any]) -> str:
-    ip = (plain.get("status") or {}).get("podIP") or ""
+    ip = mapping_of(plain, "status").get("podIP") or ""
     return ip if re.fullmatch(r"(10|192\.168|172\.\d+)(\.\d+)+", str(ip)) else ""
 
 
 def _is_ready(plain: Mapping[str, Any]) -> bool:
-    conditions = (plain.get("status") or {}).get("conditions") or ()
-    return not any(one.get("type") == "Ready" and str(one.get("status")) == "False" for one in conditions)
+    conditions = mapping_of(plain, "status").get("conditions")
+    found = [one for one in conditions if isinstance(one, dict)] if isinstance(conditions, list) else []
+    return not any(one.get("type") == "Ready" and str(one.get("status")) == "False" for one in found)
 
 
 def check_paths(paths: Sequence[str]) -> None:

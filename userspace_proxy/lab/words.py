@@ -69,8 +69,13 @@ def parse(arguments: Sequence[str], folder: Path) -> Request:
     options: dict[str, str] = {}
     rest = iter(arguments)
     for word in rest:
+        if word == "--":  # a command for a pod follows
+            options[word] = "yes"
+            break
         if word.startswith("-") and word != "-":
             name, equals, value = word.partition("=")
+            if name in ("-f", "--filename") and options.keys() & {"-f", "--filename"}:
+                raise WordError("give one -f; a folder stands for all its files")
             options[name] = value if equals else next(rest, "") if name in _WITH_VALUE else "yes"
         else:
             words.append(word)
@@ -125,14 +130,15 @@ class Words:
             said = await self._words[word](parse(arguments, folder))
         except (OSError, ConfigError, UnicodeDecodeError) as error:
             raise WordError(str(error)) from None
-        return f"{said}\nwarning: {self._cluster.problem}" if self._cluster.problem else said
+        warns = self._cluster.problem and word != "exec"  # the shell runs a command in what `exec` names
+        return f"{said}\nwarning: {self._cluster.problem}" if warns else said
 
     # ---- the words
 
     async def _scale(self, request: Request) -> str:
         *names, last = [*request.names, request.options.get("--replicas", "")]
         number = last or (names.pop() if len(names) > 1 else "")
-        if not names or not number.isdecimal():
+        if len(names) != 1 or not number.isdecimal():
             raise WordError("usage: scale NAME N")
         key = self._workload(NamespacedName(request.namespace, names[0]))
         await self._cluster.scale(key, int(number))
@@ -182,9 +188,19 @@ class Words:
             return f"{path} deleted"
         if not request.kinds or not request.names:
             raise WordError("usage: delete KIND NAME, or delete -f PATH")
-        for at in range(len(request.names)):
-            await self._cluster.delete(request.kinds[0], request.key(at))
-        return "\n".join(f"{request.kinds[0].lower()}/{name} deleted" for name in request.names)
+        return await self._delete_named(request)
+
+    async def _delete_named(self, request: Request) -> str:
+        kinds = request.kinds if len(request.kinds) == len(request.names) else request.kinds[:1] * len(request.names)
+        said: list[str] = []
+        for at, kind in enumerate(kinds):
+            key = request.key(at)
+            try:
+                await self._cluster.delete(kind, key)
+            except KeyError:
+                raise WordError("\n".join([*said, f"there is no {kind} {key}"])) from None
+            said.append(f"{kind.lower()}/{key.name} deleted")
+        return "\n".join(said)
 
     async def _get(self, request: Request) -> str:
         if request.names and not request.kinds:

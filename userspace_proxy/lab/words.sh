@@ -8,6 +8,20 @@ proxy() { exec "$PYTHON" -P -m userspace_proxy "$@"; }
 lab() { exec "$PYTHON" -S -E "$PACKAGE/word.py" "$@"; }
 node() { exec ip netns exec node "$@"; }
 
+case $word in
+  get | describe) # options before the kind go behind it
+    left=$#
+    while [ "$left" -gt 1 ]; do
+      case $1 in
+        -n | --namespace | -o | --output | -l | --selector)
+          option=$1 value=$2 && shift 2 && set -- "$@" "$option" "$value" && left=$((left - 2))
+          ;;
+        -*) option=$1 && shift && set -- "$@" "$option" && left=$((left - 1)) ;;
+        *) break ;;
+      esac
+    done
+    ;;
+esac
 case $word-${1:-} in
   get-*/* | describe-*/*) # KIND/NAME
     kind=${1%%/*} name=${1#*/}
@@ -79,7 +93,12 @@ case $word in
     exec ip netns exec "$pod" "$@"
     ;;
   kubectl)
-    case ${1:-} in -n | --namespace) in=$2 && shift 2 && set -- "$@" -n "$in" ;; esac
+    case ${1:-} in
+      -n | --namespace)
+        in=$2 && shift 2
+        case ${1:-} in exec) shift && set -- exec -n "$in" "$@" ;; *) set -- "$@" -n "$in" ;; esac
+        ;;
+    esac
     word=${1:-lab-help}
     [ $# = 0 ] || shift
     case $word-${1:-} in

@@ -47,10 +47,10 @@ class Workload:
         middle = f"-{revision}" if self.kind == "Deployment" else ""
         end = str(number) if is_numbered else _word(f"{self.key}{revision}{number}", 5)
         name = f"{self.key.name}{middle}-{end}"
-        spec = dict(self.template.get("spec") or {})
+        spec = dict(mapping_of(self.template, "spec"))
         if is_numbered:
             spec |= {"hostname": name, "subdomain": self.subdomain}
-        labels = _mapping(self.template, "metadata").get("labels") or {}
+        labels = mapping_of(self.template, "metadata").get("labels") or {}
         metadata = {"name": name, "namespace": self.key.namespace, "labels": labels}
         return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
@@ -66,7 +66,7 @@ class Declared:
 
     def ports(self, pod: Mapping[str, Any]) -> frozenset[Port]:
         """Return the ports that containers of *pod* declare; if they declare none, those that Services target."""
-        containers = _mapping(pod, "spec").get("containers") or ()
+        containers = mapping_of(pod, "spec").get("containers") or ()
         declared = [port for container in containers for port in container.get("ports") or ()]
         if declared:
             return frozenset(Port(int(port["containerPort"]), port.get("protocol") or "TCP") for port in declared)
@@ -81,11 +81,15 @@ class Declared:
         )
 
 
-def read(path: str, text: str) -> tuple[list[Manifest], str]:
-    """Return the objects in *text*, and what the proxy gets of it: all but Pods and workloads, at the same lines."""
-    manifests, rest = [], ""
+def read(path: str, text: str) -> tuple[list[Manifest], str, str]:
+    """Return the objects in *text*, what the proxy gets of it, and the first fault that may hide an object, or "".
+
+    The proxy gets all but Pods and workloads, at the same lines.
+    """
+    manifests, rest, fault = [], "", ""
     for document in split(path, text):
-        found, _ = parse(document, for_check=True)
+        found, problems = parse(document, for_check=True)
+        fault = fault or next((str(problem) for problem in problems if problem.hides), "")
         manifests += found
         is_simulated = [manifest.kind == "Pod" or manifest.kind in WORKLOADS for manifest in found]
         if not any(is_simulated):
@@ -93,7 +97,7 @@ def read(path: str, text: str) -> tuple[list[Manifest], str]:
         elif not all(is_simulated):
             others = [one.plain for one, simulated in zip(found, is_simulated, strict=True) if not simulated]
             rest += "".join(f"\n---\n{json.dumps(other, default=str)}\n" for other in others)
-    return manifests, rest
+    return manifests, rest, fault
 
 
 def declared(manifests: Iterable[Manifest]) -> Declared:
@@ -107,7 +111,7 @@ def declared(manifests: Iterable[Manifest]) -> Declared:
         if manifest.kind == "Pod":
             pods.setdefault(key, {**plain, "metadata": {**plain["metadata"], "namespace": key.namespace}})
         elif manifest.kind in WORKLOADS:
-            workloads.setdefault(key, _workload(manifest.kind, key, _mapping(plain, "spec")))
+            workloads.setdefault(key, _workload(manifest.kind, key, mapping_of(plain, "spec")))
         elif isinstance(found, api.Service):
             services.setdefault(key, found.spec or ServiceSpec())
         elif isinstance(found, api.EndpointSlice | api.Endpoints):
@@ -118,7 +122,7 @@ def declared(manifests: Iterable[Manifest]) -> Declared:
 
 def _workload(kind: str, key: NamespacedName, spec: Mapping[str, Any]) -> Workload:
     replicas = spec.get("replicas", 1) if kind != "DaemonSet" else 1
-    template = _mapping(spec, "template")
+    template = mapping_of(spec, "template")
     return Workload(kind, key, replicas if isinstance(replicas, int) else 1, template, spec.get("serviceName") or "")
 
 
@@ -138,7 +142,8 @@ def _is_private(ip: str) -> bool:
     return address.version == 4 and address.is_private
 
 
-def _mapping(plain: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+def mapping_of(plain: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """Return *field* of *plain*; empty if it is no mapping."""
     value = plain.get(field)
     return value if isinstance(value, dict) else {}
 
