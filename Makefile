@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A plain user's PATH lacks the administrator's folders, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help demo test test-cluster test-ipvs lint format reference docs drawings soak bench bench-quick bench-scale bench-tables compare test-report wheel lock clean
+.PHONY: help demo test test-cluster test-ipvs lint format reference docs drawings soak bench bench-quick bench-scale bench-connections bench-tables compare test-report wheel lock clean
 
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -81,6 +81,10 @@ bench-quick: ## the same within 90 seconds, with more noise
 bench-scale: ## 10,000 Services, from files and from an API server: time to ready, one change to traffic, memory
 	@tools/setup $(VENV) nft ip
 	@timeout 300 $(BIN)/python -m benchmarks.scale $(ARGS)
+
+bench-connections: ## 30,000 open connections at four workers: memory of each, idle CPU
+	@tools/setup $(VENV) nft ip
+	@timeout 300 $(BIN)/python -m benchmarks.connections $(ARGS)
 
 bench-tables: ## 10,000 Services in the tables of each kernel mode: load, one change, removal
 	@tools/setup $(VENV) nft iptables ip

@@ -1,4 +1,4 @@
-"""10,000 Services, from files and from an API server: time to ready, one change to traffic, memory; a restart.
+"""Many Services, from files and from an API server: time to ready, one change to traffic, memory; a restart.
 
 Run it with `make bench-scale`. It builds its hosts in private namespaces and prints the figures.
 """
@@ -68,11 +68,11 @@ ports:
   port: 8080
   protocol: TCP
 endpoints:
-- addresses: [{first}]
-  conditions: {{ready: true, serving: true, terminating: false}}
-- addresses: [{second}]
-  conditions: {{ready: true, serving: true, terminating: false}}
----
+{endpoints}---
+"""
+_ENDPOINT = """\
+- addresses: [{ip}]
+  conditions: {{ready: {ready}, serving: {ready}, terminating: false}}
 """
 
 _KUBECONFIG = """\
@@ -96,25 +96,37 @@ def service_ip(number: int, prefix: str = "10.96") -> str:
     return f"{prefix}.{number // 250 + 1}.{number % 250 + 1}"
 
 
-def manifest(services: int, *, probe_pod: int, prefix: str = "10.96", numbers: Iterable[int] | None = None) -> str:
-    """Return *services* Services with two endpoints each; the last one has a single pod, *probe_pod*.
+def manifest(
+    services: int,
+    *,
+    probe_pod: int,
+    prefix: str = "10.96",
+    numbers: Iterable[int] | None = None,
+    endpoints: int = 2,
+) -> str:
+    """Return *services* Services with *endpoints* each; the last one has a single ready pod, *probe_pod*.
 
-    *numbers*: those to return; default: all.
+    Two endpoints of each are pods, further ones only addresses. *numbers*: those to return; default: all.
     """
     parts = []
     for number in range(services) if numbers is None else numbers:
         pods = (probe_pod, probe_pod) if number == services - 1 else (0, 1)
-        first, second = map(ServiceLab.pod_ip, pods)
+        others = range(number * endpoints, number * endpoints + endpoints - 2)
+        of_slice = "".join(_ENDPOINT.format(ip=ServiceLab.pod_ip(pod), ready="true") for pod in pods)
+        ready = "false" if number == services - 1 else "true"  # the last Service is asked
+        ips = (service_ip(i % 60_000, f"10.{200 + i // 60_000}") for i in others)
+        of_slice += "".join(_ENDPOINT.format(ip=ip, ready=ready) for ip in ips)
         ip = service_ip(number, prefix)
-        parts.append(_MANIFEST.format(number=number, team=number % 20, ip=ip, first=first, second=second))
+        parts.append(_MANIFEST.format(number=number, team=number % 20, ip=ip, endpoints=of_slice))
     return "".join(parts)
 
 
 class Manifests:
     """Services in *files* files. If there are several, the Service that changes has its own."""
 
-    def __init__(self, folder: Path, files: int) -> None:
+    def __init__(self, folder: Path, files: int, endpoints: int) -> None:
         self.files = files
+        self.endpoints = endpoints
         self.folder = folder / "manifests"
         self.folder.mkdir()
         self.arguments = [str(self.folder)]
@@ -125,14 +137,15 @@ class Manifests:
         size = -(-(services - 1) // max(1, self.files - 1))
         for start in range(0, services - 1, size) if self.files > 1 else ():
             numbers = range(start, min(start + size, services - 1))
-            (self.folder / f"{start}.yaml").write_text(manifest(services, probe_pod=0, numbers=numbers))
+            text = manifest(services, probe_pod=0, numbers=numbers, endpoints=self.endpoints)
+            (self.folder / f"{start}.yaml").write_text(text)
         self.write_last(services, 0)
 
     def write_last(self, services: int, pod: int) -> None:
         """Replace the file of the last Service, whose endpoint is *pod* from now on."""
         numbers = (services - 1,) if self.files > 1 else range(services)
         temporary = self.folder / "last.new"
-        temporary.write_text(manifest(services, probe_pod=pod, numbers=numbers))
+        temporary.write_text(manifest(services, probe_pod=pod, numbers=numbers, endpoints=self.endpoints))
         temporary.replace(self.folder / "last.yaml")
 
     def figures(self) -> dict[str, float]:
@@ -143,7 +156,8 @@ class Manifests:
 class ApiObjects:
     """The same Services in an API server on *node*: that of the tests, in a thread."""
 
-    def __init__(self, node: Host, folder: Path) -> None:
+    def __init__(self, node: Host, folder: Path, endpoints: int) -> None:
+        self.endpoints = endpoints
         with node.inside():
             sock = socket.create_server(("127.0.0.1", 0))
         self.api = ApiServerThread(sock)
@@ -154,7 +168,7 @@ class ApiObjects:
         self.arguments = ["--kubeconfig", str(file), "--hostname-override", "node"]
 
     def write(self, services: int) -> None:
-        self.api.do(self._put_all(manifest(services, probe_pod=0)))
+        self.api.do(self._put_all(manifest(services, probe_pod=0, endpoints=self.endpoints)))
 
     async def _put_all(self, text: str) -> None:
         for given in yaml.load_all(text, yaml.CSafeLoader):
@@ -171,7 +185,7 @@ class ApiObjects:
 
     def write_last(self, services: int, pod: int) -> None:
         """Change the EndpointSlice of the last Service, whose endpoint is *pod* from now on."""
-        text = manifest(services, probe_pod=pod, numbers=(services - 1,))
+        text = manifest(services, probe_pod=pod, numbers=(services - 1,), endpoints=self.endpoints)
         self.api.do(self._put(list(yaml.safe_load_all(text))[1]))
 
     def figures(self) -> dict[str, float]:
@@ -250,6 +264,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--services", type=int, default=10_000)
+    parser.add_argument("--endpoints", type=int, default=2, help="endpoints of each Service")
     parser.add_argument("--files", type=int, default=2, help="manifest files; of several, one is changed")
     parser.add_argument("--origin", choices=["files", "api", "both"], default="both", help="where the Services are")
     parser.add_argument("--rules", choices=["nftables", "iptables"], default="nftables")
@@ -264,10 +279,12 @@ def main() -> None:
             start_nginx(pod, Path(folder))
         results = {}
         if arguments.origin != "api":
-            bench = Bench(world, Path(folder), arguments.rules, Manifests(Path(folder), arguments.files))
+            manifests = Manifests(Path(folder), arguments.files, arguments.endpoints)
+            bench = Bench(world, Path(folder), arguments.rules, manifests)
             results = {"files": bench.scale(arguments.services), "restart": bench.restart(100)}
         if arguments.origin != "files":
-            bench = Bench(world, Path(folder), arguments.rules, ApiObjects(world.node, Path(folder)))
+            objects = ApiObjects(world.node, Path(folder), arguments.endpoints)
+            bench = Bench(world, Path(folder), arguments.rules, objects)
             results["api"] = bench.scale(arguments.services)
     if arguments.json:
         print(json.dumps(results, indent=2))
