@@ -218,12 +218,13 @@ async def test_the_addresses_of_the_interface_with_the_default_route_come_first(
                 host.ip("link", "set", end, "up")
             host.ip("address", "add", f"{given4}/24", "dev", name)
             host.ip("address", "add", f"{given6}/64", "dev", name, "nodad")
+        host.ip("address", "add", "fd00:2::9/64", "dev", "uplink", "nodad", "valid_lft", "600", "preferred_lft", "0")
         with host.inside():
             host.ip("route", "add", "default", "via", "192.0.2.1")
             host.ip("-6", "route", "add", "default", "via", "fd00:2::1")
             found = await network.host_addresses()
 
-    assert found == ("192.0.2.7", "fd00:2::7", "172.17.0.1", "fd00:17::1")
+    assert found == ("192.0.2.7", "fd00:2::7", "fd00:2::9", "172.17.0.1", "fd00:17::1"), "a deprecated one is last"
 
 
 async def test_an_ipv6_address_is_this_hosts_once_no_other_host_can_have_it() -> None:

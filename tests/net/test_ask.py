@@ -231,7 +231,7 @@ def test_why_names_endpoints_that_fail(running: Proxy, world: ServiceLab) -> Non
 def test_why_names_source_ranges_that_exclude_a_client(running: Proxy) -> None:
     extra = (
         "  type: LoadBalancer\n  loadBalancerSourceRanges: [10.1.0.0/16]\n"
-        "status: {loadBalancer: {ingress: [{ip: 203.0.113.7}]}}"
+        "status: {loadBalancer: {ingress: [{ip: 203.0.113.7}, {ip: '2001:db8::7'}]}}"
     )
     running.apply("lb", documents(service("lb", "10.96.9.5", extra=extra), endpoints("lb", POD1)))
     wait_until(lambda: told(running, "why", "lb")["next"], "the Service is served")

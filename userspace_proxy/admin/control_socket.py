@@ -6,8 +6,10 @@ millisecond at once. docs/reference/control-socket.md lists paths and fields.
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
+import stat
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -91,6 +93,9 @@ def _listen(path: Path) -> tuple[socket.socket, int]:
         os.fchmod(sock.fileno(), 0o600)  # the file gets this mode (unix_bind_bsd in net/unix/af_unix.c)
         folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
         temporary = f"{path.name}.{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
+                raise FileExistsError(errno.EEXIST, "there is something that is no socket")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=folder)
         sock.bind(f"/proc/self/fd/{folder}/{temporary}")  # the path itself may be too long for an address

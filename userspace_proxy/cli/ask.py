@@ -95,6 +95,7 @@ def get(
     control_socket: Path,
 ) -> None:
     """List what a running proxy serves: Services, endpoints or open connections."""
+    _check_watch(output, watch=watch)
     kind = _KINDS[kind]
     whose = {"namespace": "" if all_namespaces else namespace, "name": name}
     which = {"wide": output == "wide", "everywhere": all_namespaces}
@@ -117,6 +118,11 @@ def get(
         before = {_without_ages(row) for row in rows}
         _, *rows = _table(kind, ask(control_socket, kind, **whose)["items"], **which)
         _print_rows([row for row in rows if _without_ages(row) not in before], widths)
+
+
+def _check_watch(output: str | None, *, watch: bool) -> None:
+    if watch and output in ("json", "yaml"):
+        raise click.UsageError(f"-w prints rows; leave out -w, or -o {output}")
 
 
 def _joined(texts: Sequence[str]) -> str:

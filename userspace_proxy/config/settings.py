@@ -279,12 +279,12 @@ class Settings:
     metrics_bind_address: str = _setting(
         Group.ADMIN, "--metrics-bind-address", f"127.0.0.1:{METRICS_PORT}", address(METRICS_PORT),
         "/metrics, /proxyMode and /configz; '' for none", field="metricsBindAddress")
-    # Prometheus keeps each series of each node. The default is about 1,400 endpoints; Services are always shown.
+    # Prometheus keeps each series of each node. The default is 1,250 endpoints; Services are always shown.
     # None: in the folder of --state-dir.
     control_socket: Path | None = _setting(Group.ADMIN, "--control-socket", None, FILE,
         "Unix socket for get, describe and why", shown="control.sock in --state-dir")
     metrics_endpoint_series: int = _setting(Group.ADMIN, "--metrics-endpoint-series", 10_000, number(0),
-        "Hide endpoints in /metrics beyond this many series; 0 for never")
+        "Hide endpoints in /metrics beyond this many series; 0 hides all")
     # A bookmark comes every minute: three missed ones are no accident. Not 503, or an outage of the API would take
     # every node out of its load balancers.
     degraded_after_s: float = _setting(Group.ADMIN, "--degraded-after", 180.0, DURATION,

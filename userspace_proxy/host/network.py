@@ -169,7 +169,7 @@ async def host_addresses() -> tuple[str, ...]:
     """Return this host's global addresses; none if they cannot be listed.
 
     Addresses of the interface with the default route come first. They are the primary ones, even if other interfaces
-    (container bridges, VPNs) are older.
+    (container bridges, VPNs) are older. Of these, temporary (RFC 8981) and deprecated ones come last: they end.
     """
     try:
         addresses = (await look_at_addresses()).host
@@ -178,8 +178,10 @@ async def host_addresses() -> tuple[str, ...]:
             default = await run_ip(version, "route", "show", "default")
             for route in sorted(default, key=lambda route: route.get("metric", 0))[:1]:
                 where = ("scope", "global", "dev", str(route.get("dev", "lo")))
-                on_it = await _addresses(*where, options=(version,))
-                first += (ip for ip in (route.get("prefsrc"), *(a.get("local") for _, a in on_it)) if ip in addresses)
+                on_it = [address for _, address in await _addresses(*where, options=(version,))]
+                lasting_first = sorted(on_it, key=lambda each: "temporary" in each or "deprecated" in each)
+                preferred = (route.get("prefsrc"), *(address.get("local") for address in lasting_first))
+                first += (ip for ip in preferred if ip in addresses)
         return tuple(dict.fromkeys((*first, *addresses)))
     except SyncError as error:
         log.warning("this host's addresses cannot be looked at: %s", error)

@@ -1,4 +1,4 @@
-"""Netlink requests that are too slow with tools: nft reads a whole table; conntrack starts anew for each deletion."""
+"""Netlink requests that are too slow with tools: nft reads a whole table; conntrack starts again for each deletion."""
 
 import errno
 import os

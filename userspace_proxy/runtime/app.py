@@ -293,8 +293,10 @@ class Proxy:
             )
         if not node.is_tuned:
             node.tune_conntrack()  # the rules have loaded conntrack
-        with contextlib.suppress(SyncError):
+        try:
             await remove_others(self._mode, node.prepared)
+        except SyncError as error:
+            log.warning("rules of another mode may stay; stop this and run `userspace-proxy cleanup`: %s", error)
         await network.remove_own_addresses(keep=settings.dns_addresses)
         # Of a cluster no range may be known.
         ranges = (*settings.service_ranges, *self._controller.synced.service_cidrs, *DEFAULT_SERVICE_RANGES)

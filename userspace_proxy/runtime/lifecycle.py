@@ -217,7 +217,7 @@ class Lifecycle:
         if obstacle:
             log.error("SIGUSR2 is not heeded, this process serves on: %s", obstacle)
             return
-        log.info("starting anew; workers serve on meanwhile")
+        log.info("restarting in place; workers serve on meanwhile")
         self.ending = Ending.RESTART
         self.stop.set()
 

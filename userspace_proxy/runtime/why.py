@@ -317,7 +317,7 @@ class Explainer:
         service_port, client = case.service_port, case.client
         if not client or not service_port.source_ranges:
             return None
-        for portal in load_balancer_portals(service_port):
+        for portal in (each for each in load_balancer_portals(service_port) if each.family == family_of(client)):
             allowed = allowed_to_dial(service_port, portal, case.state.node)
             if allowed and not any(ipaddress.ip_address(client) in ipaddress.ip_network(cidr) for cidr in allowed):
                 reason = f"loadBalancerSourceRanges ({', '.join(service_port.source_ranges)}) excludes {client}"
