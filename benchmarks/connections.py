@@ -6,6 +6,7 @@ Run it with `make bench-connections`. It builds its hosts in private namespaces 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import resource
@@ -27,7 +28,6 @@ from userspace_proxy.lab import (
     Lab,
     ServiceLab,
     build_service_lab,
-    connect,
     enter_namespaces,
     prepare,
     service,
@@ -35,6 +35,8 @@ from userspace_proxy.lab import (
 )
 
 _SERVICE_IP = "10.96.0.10"
+# The connections of one client all come to the same worker.
+_CLIENT_IPS = [f"192.168.50.{number}" for number in range(100, 200)]
 _STEPS = 4
 # Opened before the first measurement: buffers, and memory that the allocator keeps.
 _FIRST = 1_000
@@ -63,7 +65,9 @@ class Connections:
             listener.close()
 
     def _open(self, number: int, listeners: Mapping[int, socket.socket], poll: select.epoll) -> None:
-        clients = [connect(self._world.client, _SERVICE_IP, 80) for _ in range(number)]
+        sources = itertools.islice(itertools.cycle(_CLIENT_IPS), number)
+        with self._world.client.inside():
+            clients = [socket.create_connection((_SERVICE_IP, 80), _PATIENCE_S, (ip, 0)) for ip in sources]
         for client in clients:
             client.sendall(b"?")
         for _ in clients:
@@ -161,7 +165,7 @@ def main() -> None:
         sys.exit(f"a process needs {needed} descriptors, and may have {most}: give fewer --connections")
     with tempfile.TemporaryDirectory() as folder, Lab() as lab:
         world = build_service_lab(lab, pods=2)
-        world.client.set_knob("ipv4/ip_local_port_range", "1024 65535")
+        world.client.add_addresses("eth0", *_CLIENT_IPS)
         figures = measure(world, Path(folder), arguments.connections)
     if arguments.json:
         print(json.dumps(figures, indent=2))
