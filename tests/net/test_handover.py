@@ -512,7 +512,7 @@ def test_a_stop_is_heeded_while_it_starts_anew(fresh_proxy: Proxy, world: Servic
     fresh_proxy.start()
     assert fresh_proxy.process is not None
     fresh_proxy.process.send_signal(signal.SIGUSR2)
-    wait_until(lambda: "restarting in place" in fresh_proxy.log(), "it starts anew")
+    wait_until(lambda: "restarting in place" in fresh_proxy.log(), "the restart has begun")
     time.sleep(after_s)
 
     assert fresh_proxy.stop() == 0
@@ -526,7 +526,7 @@ def test_a_second_restart_in_place_works_too(fresh_proxy: Proxy) -> None:
     assert fresh_proxy.process is not None
     for _ in range(2):
         fresh_proxy.process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: "restarting in place" in fresh_proxy.log(), "it starts anew")
+        wait_until(lambda: "restarting in place" in fresh_proxy.log(), "the restart has begun")
         time.sleep(0.1)
 
     wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again")
