@@ -184,7 +184,7 @@ def test_traffic_follows_the_one_server_that_is_the_primary_and_open_connections
     world: ServiceLab, tmp_path: Path
 ) -> None:
     roles = [Role(pod) for pod in world.pods]
-    check = "http path=/primary status=200 interval=200ms timeout=100ms rise=1 fall=1 panic=off"
+    check = "http path=/primary status=200 interval=1s rise=1 fall=1 panic=off"
     with contextlib.ExitStack() as stack:
         for role in roles:
             stack.callback(role.close)

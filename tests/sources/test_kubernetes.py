@@ -23,6 +23,7 @@ from tests.sources.test_reflector import QUICK
 from userspace_proxy import api
 from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.errors import StartError
+from userspace_proxy.sources import login
 from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
 from userspace_proxy.sources.login import ApiTransport
 
@@ -43,6 +44,14 @@ def endpoint_slice(name: str, **labels: str) -> dict[str, Any]:
 
 def node(name: str) -> dict[str, Any]:
     return {"metadata": {"name": name}, "spec": {"taints": None}}
+
+
+def is_running(pid: str) -> bool:
+    """Return whether the process has not ended; one whose parent has not asked for its end does not count."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def kubeconfig(folder: Path, url: str, user: dict[str, Any] | None = None) -> Path:
@@ -295,6 +304,29 @@ async def test_a_token_file_that_changes_is_read_again_after_a_refusal(server: A
         await server.put(SERVICES, service("web"))
         await told.until(lambda: told.names("Service") == ["web"])
         await told.until(lambda: not told.source.problems)
+
+
+@pytest.mark.parametrize("end", ["time-out", "stop"])
+async def test_a_plugin_that_hangs_is_ended_with_its_children(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(login, "_LOGIN_S", 2.0 if end == "time-out" else 60.0)
+    pids = tmp_path / "pids"
+    plugin = tmp_path / "plugin"
+    plugin.write_text(f"#!/bin/sh\nsleep 300 &\necho $$ $! >{pids}.new\nmv {pids}.new {pids}\nwait\n")
+    plugin.chmod(stat.S_IRWXU)
+    user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": str(plugin)}}
+    opening = asyncio.create_task(ApiTransport(kubeconfig(tmp_path, "http://127.0.0.1:1", user)).open())
+    async with asyncio.timeout(PATIENCE_S):
+        while not pids.exists():
+            await asyncio.sleep(0.01)
+    if end == "stop":
+        opening.cancel()
+    with pytest.raises(StartError if end == "time-out" else asyncio.CancelledError):
+        await opening
+    async with asyncio.timeout(PATIENCE_S):
+        while any(map(is_running, pids.read_text().split())):
+            await asyncio.sleep(0.01)
 
 
 async def test_an_exec_plugin_gives_credentials_and_is_asked_again_after_a_refusal(

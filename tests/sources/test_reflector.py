@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
@@ -256,6 +257,23 @@ async def test_a_lost_server_deletes_no_object(server: ApiServer) -> None:
         await server.start()
         await follower.converged()
         await follower.until(lambda: follower.reflector.stats.failing_since is None)
+
+
+async def test_a_balancer_that_cuts_quiet_watches_again_and_again_is_no_failure(
+    server: ApiServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """HAProxy's usual time-out is less than the minute between two bookmarks."""
+    async with following(server) as follower:
+        stats = follower.reflector.stats
+        for name in "abc":
+            await asyncio.sleep(2 * QUICK.good_s)
+            restarts = stats.restarts
+            server.cut()
+            await follower.until(lambda restarts=restarts: stats.restarts > restarts)  # type: ignore[misc]
+            assert stats.failing_since is None
+            await server.put(SERVICES, service(name))
+            await follower.converged()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_a_silent_watch_is_detected(server: ApiServer) -> None:

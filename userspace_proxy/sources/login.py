@@ -8,12 +8,15 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -184,7 +187,7 @@ class ApiTransport:
         with without_models():
             from kubernetes_asyncio.client import Configuration
             from kubernetes_asyncio.client.rest import RESTClientObject
-            from kubernetes_asyncio.config import load_incluster_config, load_kube_config
+            from kubernetes_asyncio.config import exec_provider, load_incluster_config, load_kube_config
             from kubernetes_asyncio.config.kube_config import _cleanup_temp_files
 
         configuration = Configuration()
@@ -193,6 +196,9 @@ class ApiTransport:
         checks = (partial(_check_kubeconfig, file) for file in self._kubeconfigs)
         contexts = [await run_in_thread("read kubeconfig", check) for check in checks]
         context = next(filter(None, contexts), None)  # the library's default is that of the last file
+        exec_provider.asyncio = _ASYNCIO_OF_PLUGINS  # type: ignore[assignment,attr-defined]
+        plugins: list[asyncio.subprocess.Process] = []
+        _plugins.set(plugins)
         try:
             if not self._kubeconfigs:
                 load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
@@ -213,6 +219,23 @@ class ApiTransport:
             # Files with keys and certificates of the kubeconfig. The HTTP client has read them, and the library would
             # only remove them at a regular exit.
             _cleanup_temp_files()
+            for plugin in plugins:
+                if plugin.returncode is None:  # the login was given up
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(plugin.pid, signal.SIGKILL)
+
+
+async def _start_plugin(*command: str, **details: Any) -> asyncio.subprocess.Process:
+    plugin = await asyncio.create_subprocess_exec(*command, start_new_session=True, **details)
+    _plugins.get().append(plugin)
+    return plugin
+
+
+# The credential plugins of the login under way; the library leaves one that hangs running.
+_plugins: ContextVar[list[asyncio.subprocess.Process]] = ContextVar("plugins")
+_ASYNCIO_OF_PLUGINS = SimpleNamespace(
+    create_subprocess_exec=_start_plugin, subprocess=asyncio.subprocess, get_event_loop=asyncio.get_event_loop
+)
 
 
 def _joined(kubeconfigs: Sequence[Path]) -> str:

@@ -83,6 +83,10 @@ class _UnknownFieldError(FollowError):
     """The server does not support that field selector."""
 
 
+class _CutError(FollowError):
+    """The connection broke during an answer."""
+
+
 class _SilenceError(FollowError):
     """The connection is open but silent. Only a message ends this state, not a new connection."""
 
@@ -163,7 +167,8 @@ class Reflector(Generic[T]):
                         yield batch
             except FollowError as error:
                 failure = error
-            if self._now() - self._stands_since >= self._pace.good_s:
+            has_stood = self._now() - self._stands_since >= self._pace.good_s
+            if has_stood:
                 self._backoff.reset()
             elif failure is None:
                 failure = FollowError("a watch ended as soon as it had begun", self._pace.cut_max_s)
@@ -173,7 +178,12 @@ class Reflector(Generic[T]):
                 await self._sleep(self._chance.uniform(0.0, self._pace.again_s))
             else:
                 delay_s = self._backoff.delay_s(failure)
-                self._note(failure, is_delayed=delay_s > 0)
+                if has_stood and isinstance(failure, _CutError):
+                    # A balancer before the server ends a watch without events like this. It is a failure if the next
+                    # watch fails, too.
+                    log.debug("%s: %s", self.stats.kind, failure)
+                else:
+                    self._note(failure, is_delayed=delay_s > 0)
                 await self._sleep(delay_s)
 
     def _note(self, failure: FollowError, *, is_delayed: bool) -> None:
@@ -462,7 +472,7 @@ class Reflector(Generic[T]):
             except TimeoutError:
                 raise _SilenceError(f"nothing was heard for {within_s:g} s", self._pace.cut_max_s) from None
             except OSError as error:
-                raise FollowError(f"the connection was cut: {error}", self._pace.cut_max_s) from None
+                raise _CutError(f"the connection was cut: {error}", self._pace.cut_max_s) from None
             if not chunk:
                 return
             yield chunk

@@ -63,6 +63,33 @@ def test_node_ports_are_at_the_addresses_that_are_wanted(
 @pytest.mark.parametrize(
     "proxy",
     [
+        Variant(
+            "iptables",
+            "uvloop",
+            "transparent",
+            ("--nodeport-addresses", addresses, "--no-iptables-localhost-nodeports", *KNOWS_PODS),
+            mode="iptables",
+            has_table=False,
+        )
+        for addresses in ("192.168.50.0/24,127.0.0.0/8,fd00:50::/64,::1/128", "0.0.0.0/1,128.0.0.0/1,::/1,8000::/1")
+    ],
+    indirect=True,
+    ids=lambda variant: variant.flags[1],
+)
+def test_clients_of_loopback_are_refused_where_it_is_wanted_but_off(proxy: ContractProxy, given: MakeGiven) -> None:
+    service = given("local1", type="NodePort", families=DUAL)
+    proxy.give(service)
+
+    proxy.expect(
+        service,
+        *(f"{ALL} {MAIN}/{family} -> local1" for family in DUAL),
+        *(f"node-1 {LOOPBACK}/{family} -> refused" for family in DUAL),
+    )
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
         *_variants("--detect-local-mode", "NodeCIDR"),
         *_variants("--detect-local-mode", "InterfaceNamePrefix", "--pod-interface-name-prefix", "v-"),
     ],

@@ -22,7 +22,6 @@ from userspace_proxy.modes.kernel_rules import Translation
 from userspace_proxy.modes.portal_names import PortalNames, host
 from userspace_proxy.modes.rule_line import Reason, RuleLine
 from userspace_proxy.modes.xtables_script import ChainKey
-from userspace_proxy.netfilter.nft_text import is_everything
 from userspace_proxy.netfilter.xtables import NO_LOOP, OUT_BY_LO
 
 ChainRules = Mapping[ChainKey, tuple[str, ...]]
@@ -221,16 +220,19 @@ def _to_node_ports(family: Family, options: ChainOptions) -> list[RuleLine]:
     comment = '-m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain"'
     local, to = "-m addrtype --dst-type LOCAL", f"-j {NODE_PORTS.name}"
     last = "is it a node port? The last rule, because it matches most packets."
-    cidrs = [cidr for cidr in options.node_ports_on if family_of(cidr) == family]
-    if cidrs and not any(is_everything((cidr,)) for cidr in cidrs):
-        networks = (ipaddress.ip_network(cidr, strict=False) for cidr in cidrs)
-        return [
-            # Also for a single address: it may be that of another node, if all nodes have the same options.
+    # At ::1 they cannot work, as IPv6 has no route_localnet.
+    never = "::1/128" if family == 6 else "" if options.localhost_node_ports else "127.0.0.0/8"
+    networks = [ipaddress.ip_network(cidr, strict=False) for cidr in options.node_ports_on if family_of(cidr) == family]
+    if networks and all(network.prefixlen for network in networks):
+        # Also for a single address: it may be that of another node, if all nodes have the same options.
+        rules = [
             RuleLine(f"-d {network} {comment} {local} {to}", f"{xtables.at_own_address(str(network))}: {last}")
             for network in networks
         ]
-    # At ::1 they cannot work, as IPv6 has no route_localnet.
-    never = "::1/128" if family == 6 else "" if options.localhost_node_ports else "127.0.0.0/8"
+        if never and any(network.overlaps(ipaddress.ip_network(never)) for network in networks):
+            why = f"Node ports are not served at {host(never)}, where no answer would come back."
+            rules.insert(0, RuleLine(f"-d {never} {comment} -j RETURN", why))
+        return rules
     match, but = (f"! -d {never} ", f", except {host(never)}") if never else ("", "")
     return [RuleLine(f"{match}{comment} {local} {to}", f"{xtables.at_own_address()}{but}: {last}")]
 
