@@ -188,6 +188,22 @@ def test_a_pod_that_cannot_be_simulated_is_named_and_others_serve(tmp_path: Path
     assert re.search(r"^client ", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize("name", ["../../../tmp/x", "a/b", "-x", "A", f"{'x' * 60}." * 4 + "x"])
+@pytest.mark.parametrize("kind", ["Pod", "Deployment"])
+def test_a_pod_with_a_name_that_no_pod_can_have_is_named_and_others_serve(tmp_path: Path, kind: str, name: str) -> None:
+    path = tmp_path / "names.yaml"
+    spec = {"Pod": "{containers: []}", "Deployment": "{template: {spec: {containers: []}}}"}[kind]
+    path.write_text(f"kind: {kind}\napiVersion: v1\nmetadata: {{name: '{name}'}}\nspec: {spec}\n---\n{WEB}")
+
+    done = lab("curl -s http://web", path)
+
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"web-\S+ 10\.244\.1\.", done.stdout)
+    assert f"userspace-proxy: pod default/{name[:20]}" in done.stderr
+    assert " is not simulated: its name is not valid\n" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_words_read_options_as_kubectl_does(web: Path) -> None:
     asked = (
         *("kubectl -n default exec deploy/web -- echo a", "kubectl exec deploy/web -- head -n 1 /etc/passwd"),

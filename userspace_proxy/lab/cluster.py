@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from userspace_proxy.control.fields import SUBDOMAIN
 from userspace_proxy.errors import ConfigError, StartError
 from userspace_proxy.lab.clients import connect
 from userspace_proxy.lab.hosts import BRIDGE, GATEWAY, Host, ServiceLab
 from userspace_proxy.lab.pod_server import PodServer
 from userspace_proxy.lab.workloads import NODE_NAME, Declared, Workload, declared, mapping_of, read
 from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.printable import printable
 from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.paths import expand
 from userspace_proxy.sources.paths import read as read_file
@@ -40,6 +42,7 @@ _SYNC_TIMEOUT_S, _POLL_S = 10.0, 0.02
 # longer.
 _ANSWERS_WITHOUT_CHANGE, _ANSWERS_WITHOUT_ANOTHER = 25, 4
 _METRICS_PORT = 10249
+_NAME_MAX = 240  # of a pod with its namespace, so that the name of its file has 255 characters at most
 _POD_FILE = "pod-"  # begins the name of each pod's file; files of manifests begin with a number
 _TIMESTAMP = re.compile(rb"^kubeproxy_sync_proxy_rules_last_(queued_)?timestamp_seconds\S* (\S+)$", re.MULTILINE)
 
@@ -283,27 +286,35 @@ class Cluster:
         return pod.owner in self.declared.workloads if pod.owner else pod.key in self.declared.pods
 
     async def _make_wanted_pods(self) -> None:
+        for key, plain in self.declared.pods.items():
+            with self._noted_problem():
+                await self._make_or_change(key, plain)
+        for key in self.declared.workloads:
+            with self._noted_problem():
+                while await self._step(self.workload(key)):
+                    pass
+        taken = {pod.ip for pod in self.pods.values()}
+        for ip in self.declared.addresses.keys() - taken:
+            with self._noted_problem():
+                await self._make(NamespacedName("", ip), None, ip)
+
+    @contextlib.contextmanager
+    def _noted_problem(self) -> Iterator[None]:
+        """Note why one pod or workload cannot be simulated; the others are."""
         try:
-            await self._make_pods()
+            yield
         except ConfigError as error:
             self.problem = str(error)
 
-    async def _make_pods(self) -> None:
-        for key, plain in self.declared.pods.items():
-            await self._gone(key)
-            if key not in self.pods:
-                await self._make(key, plain, _fixed_ip(plain), is_ready=_is_ready(plain))
-            elif (pod := self.pods[key]).plain != plain:
-                if pod.plain is not None and _is_ready(plain) != _is_ready(pod.plain):
-                    pod.is_ready = _is_ready(plain)
-                pod.plain = plain
-                self._write_pod(pod)
-        for key in self.declared.workloads:
-            while await self._step(self.workload(key)):
-                pass
-        taken = {pod.ip for pod in self.pods.values()}
-        for ip in self.declared.addresses.keys() - taken:
-            await self._make(NamespacedName("", ip), None, ip)
+    async def _make_or_change(self, key: NamespacedName, plain: Mapping[str, Any]) -> None:
+        await self._gone(key)
+        if key not in self.pods:
+            await self._make(key, plain, _fixed_ip(plain), is_ready=_is_ready(plain))
+        elif (pod := self.pods[key]).plain != plain:
+            if pod.plain is not None and _is_ready(plain) != _is_ready(pod.plain):
+                pod.is_ready = _is_ready(plain)
+            pod.plain = plain
+            self._write_pod(pod)
 
     async def _step(self, workload: Workload) -> bool:
         """Make or end one pod of *workload*; return whether more may be missing."""
@@ -338,6 +349,8 @@ class Cluster:
     async def _make(self, key: NamespacedName, plain: Mapping[str, Any] | None, ip: str = "", **of_pod: Any) -> None:
         if len(self.pods) >= PODS_MAX:
             raise ConfigError(f"the lab has room for {PODS_MAX} pods; {key} is not simulated")
+        if plain is not None and not _can_be_named(key):
+            raise ConfigError(f"pod {printable(str(key), 100)} is not simulated: its name is not valid")
         taken = {pod.ip for pod in self.pods.values()}
         if not ip or ip in taken:
             ip = next(free for free in self._free_ips if free not in taken)
@@ -455,6 +468,11 @@ def timestamps(metrics: bytes) -> tuple[float, float]:
 def _ips() -> Iterator[str]:
     """Yield addresses for pods; those of 10.244.0.0/24 are for manifests that state them."""
     return (f"10.244.{high}.{low}" for high in range(1, 255) for low in range(1, 255))
+
+
+def _can_be_named(key: NamespacedName) -> bool:
+    """Return whether a host and a file can have the name of this pod."""
+    return all(map(SUBDOMAIN.fullmatch, (key.namespace, key.name))) and len(str(key)) <= _NAME_MAX
 
 
 def _file_name(pod: SimulatedPod) -> str:
