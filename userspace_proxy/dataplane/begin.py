@@ -2,14 +2,15 @@
 
 import asyncio
 import gc
+import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 
-from userspace_proxy.logs import configure_logging
+from userspace_proxy.logs import configure_logging, flush_log
 
 # Ended connections leave no reference cycles, so collections find nothing unless there is a bug. A full collection
 # would stop all packets, for 50 ms with 10,000 Services. The first number: allocations between two collections.
@@ -28,8 +29,8 @@ class ChildSettings(msgspec.Struct, frozen=True, kw_only=True):
 S = TypeVar("S", bound=ChildSettings)
 
 
-def begin(settings_type: type[S], serve: Callable[[socket.socket, S], Awaitable[None]]) -> None:
-    """Run *serve* with the socket and the settings that `ChildProcess` passes."""
+def begin(settings_type: type[S], serve: Callable[[socket.socket, S], Awaitable[None]]) -> NoReturn:
+    """Run *serve* with the socket and the settings that `ChildProcess` passes, and end this process."""
     descriptor, settings_json = sys.argv[1:]
     settings = msgspec.json.decode(settings_json, type=settings_type)
     configure_logging(settings.log_format, verbose=settings.verbose)
@@ -46,3 +47,5 @@ def begin(settings_type: type[S], serve: Callable[[socket.socket, S], Awaitable[
 
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(run())
+    flush_log()
+    os._exit(0)  # Python would take all objects apart first
