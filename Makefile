@@ -16,7 +16,7 @@ help: ## show what can be made
 
 demo: ## three backends, one killed under load, in two modes: in private namespaces, without root
 	@PACKAGES=run tools/setup $(VENV) nft ip nginx
-	@exec $(BIN)/userspace-proxy demo
+	@exec env -u PYTHONDONTWRITEBYTECODE $(BIN)/userspace-proxy demo
 
 test: ## all checks and all tests, as root and as a plain user alike: eight minutes on two cores
 	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk iperf3 openssl

@@ -6,6 +6,7 @@ by its seed alone: `python -m tests.simulation.play SEED 1`.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 
@@ -33,6 +34,8 @@ def play(first: int, count: int, broken_max: int = _BROKEN_MAX) -> tuple[Counter
 
 
 def main() -> int:
+    gc.freeze()
+    gc.set_threshold(50_000)
     faults, broken = play(*map(int, sys.argv[1:3]))
     for seed, what in broken.items():
         sys.stdout.write(f"seed {seed}: {what}\n")
