@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,6 +32,16 @@ from tests.net.world import (
     wait_until,
 )
 from userspace_proxy.lab import Lab, ServiceLab, ask, connect, start_nginx
+
+
+@pytest.mark.parametrize("addresses", ["10.244.0.0/24", "192.168.48.0/20,fd00:96::/112", "10.97.0.0/16"])
+def test_a_range_for_services_that_hosts_of_the_node_s_network_have_is_named(
+    fresh_proxy: Proxy, addresses: str
+) -> None:
+    fresh_proxy.start("--service-cluster-ip-range", addresses)
+
+    said = re.findall(r"WARNING Services get addresses of (\S+), and hosts of this node's network", fresh_proxy.log())
+    assert said == [each for each in addresses.split(",") if each.startswith(("10.244", "192.168"))]
 
 
 def test_sigterm_takes_rules_away_drains_and_exits_0(fresh_proxy: Proxy, world: ServiceLab) -> None:

@@ -6,11 +6,12 @@ import math
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from userspace_proxy.config.settings import Settings
+from userspace_proxy.config.values import Network
 from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.memory import StateDir
 from userspace_proxy.control.pools import NodePort
@@ -131,6 +132,8 @@ async def set_up_node(
     if dns is not None:  # from now on no predecessor needs its addresses
         stack.push_async_callback(remove_dns_addresses, dns)
     hosts = await look_at_hosts(dns.held if dns is not None else ())
+    if not settings.follows_cluster:
+        warn_of_shared_networks(settings.service_ranges, hosts.networks)
     return NodeSetup(
         prepared, source, sources, events, state_dir, lock, tune, is_tuned, plane, inherited, node, hosts, rules, dns
     )
@@ -167,6 +170,18 @@ class ListeningPorts:
             self._found = frozenset(NodePort(*port) for port in network.listening_ports())
             self._outdated_at = self._now() + _LOOK_HOLDS_S
         return self._found
+
+
+def warn_of_shared_networks(ranges: Iterable[Network], attached: Sequence[Network]) -> None:
+    """Warn of each of *ranges* that overlaps a network that this node is *attached* to, where hosts have addresses."""
+    for addresses in ranges:
+        if shared := [each for each in attached if each.overlaps(addresses)]:
+            log.warning(
+                "Services get addresses of %s, and hosts of this node's network %s may have the same ones; "
+                "choose a free range with --service-cluster-ip-range",
+                addresses,
+                ", ".join(map(str, shared)),
+            )
 
 
 async def look_at_hosts(dns: Collection[str]) -> Hosts:
