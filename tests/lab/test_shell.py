@@ -381,6 +381,23 @@ def test_commands_of_a_tutorial_answer_as_kubectl_does_or_say_what_the_lab_has(w
     assert named[2:] == ["No Deployments found in namespace default.\n", "scale: usage: scale NAME N\n"]
 
 
+def test_describe_takes_the_beginning_of_a_name_or_says_that_there_is_none(web: Path) -> None:
+    asked = (
+        *("describe pod web", "describe pod/web- | grep -c podIP", "describe deploy we", "describe endpoints web"),
+        *("describe pod other 2>&1; echo $?", "kubectl describe deploy/other 2>&1; echo $?", "get pods other -o yaml"),
+    )
+    done = lab("; echo ==; ".join(asked), web)
+
+    pods, counted, deployment, endpoints, no_pod, no_deployment, none = done.stdout.split("==\n")
+    assert pods.count('"kind": "Pod"') == 3
+    assert int(counted) == 6  # podIP and podIPs of each
+    assert re.search(r"^web +3/3$", deployment, re.MULTILINE)
+    assert len(re.findall(r"10\.244\.1\.\d+:8080", endpoints)) == 3
+    assert no_pod == "get: there is no Pod default/other\n1\n"
+    assert no_deployment == "get: there is no Deployment default/other\n1\n"
+    assert none == "No Pods found in namespace default.\n"
+
+
 async def test_a_word_that_fails_by_a_fault_of_the_lab_is_answered(tmp_path: Path) -> None:
     async def set_mode(_: str) -> None:
         raise RuntimeError("a fault")

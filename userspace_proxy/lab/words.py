@@ -5,6 +5,7 @@ They are read as kubectl reads them: ``scale deployment/web --replicas=3`` is th
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,11 +49,15 @@ class Request(NamedTuple):
 
     def selects(self, pod: SimulatedPod) -> bool:
         """Return whether *pod* has one of the requested names and all requested labels (``NAME=VALUE,...``)."""
-        if self.names and pod.key.name not in self.names:
+        if self.names and not any(map(partial(self.means, pod.key.name), self.names)):
             return False
         labels = (pod.plain or {}).get("metadata", {}).get("labels") or {}
         pairs = (pair.partition("=") for pair in self.option("-l", "--selector").split(",") if pair)
         return all(labels.get(name) == value.lstrip("=") for name, _, value in pairs)
+
+    def means(self, name: str, given: str) -> bool:
+        """Return whether *given* means the object *name*; to `describe`, the beginning of a name is enough."""
+        return name.startswith(given) if "--describe" in self.options else name == given
 
     def key(self, at: int = 0) -> NamespacedName:
         if len(self.names) <= at:
@@ -210,7 +215,7 @@ class Words:
         if kind == "Pod":
             pods = [pod for pod in self._cluster.pods.values() if everywhere or pod.key.namespace == request.namespace]
             pods = [pod for pod in pods if request.selects(pod)]
-            if request.option("-o", "--output") in ("json", "yaml"):
+            if pods and request.option("-o", "--output") in ("json", "yaml"):
                 return "\n---\n".join(pod.manifest() for pod in pods if pod.plain is not None)
             rows = [("NAME", "READY", "STATUS", "AGE", "IP"), *(_row(pod) for pod in pods)]
         else:
@@ -220,9 +225,11 @@ class Words:
                 for one in found
                 if one.kind == kind
                 and (everywhere or one.key.namespace == request.namespace)
-                and (not request.names or one.key.name in request.names)
+                and (not request.names or any(map(partial(request.means, one.key.name), request.names)))
             ]
             rows = [("NAME", "READY"), *((one.key.name, f"{self._ready_of(one.key)}/{one.replicas}") for one in found)]
+        if len(rows) == 1 and request.names and "--describe" in request.options:
+            raise WordError(f"there is no {kind} {request.key()}")
         if len(rows) == 1:
             return f"No {kind}s found in namespace {request.namespace}."
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -38,7 +38,14 @@ case $word in
   userspace-proxy) proxy "$@" ;;
   why | check) proxy "$word" "$@" ;;
   describe)
-    case ${1:-} in svc | service* | -*) proxy describe "$@" ;; *) lab get "$@" -o yaml ;; esac
+    case ${1:-} in
+      svc | service* | -*) proxy describe "$@" ;;
+      ep | endpoint*)
+        shift
+        proxy get endpoints "$@"
+        ;;
+      *) lab get "$@" -o yaml --describe ;;
+    esac
     ;;
   port-forward) proxy forward -f /run/lab/manifests "$@" ;;
   render)
