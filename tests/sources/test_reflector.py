@@ -276,6 +276,32 @@ async def test_a_balancer_that_cuts_quiet_watches_again_and_again_is_no_failure(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+class CutLists:
+    """A server that cuts each watch before it has told what is there, after it has stood for a while."""
+
+    status, headers = 200, dict[str, str]()
+
+    @contextlib.asynccontextmanager
+    async def get(self, path: str, params: Mapping[str, str]) -> AsyncGenerator[Response]:
+        yield self
+
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        yield b"\n"
+        await asyncio.sleep(2 * QUICK.good_s)
+        raise ConnectionResetError("cut by the test")
+
+
+async def test_a_list_that_is_cut_again_and_again_is_a_failure() -> None:
+    decoder = msgspec.json.Decoder(api.Service)
+    reflector = Reflector("services", SERVICES, {}, decoder, CutLists(), pace=QUICK, chance=random.Random(1))
+    reading = asyncio.ensure_future(anext(reflector.changes()))
+    async with asyncio.timeout(PATIENCE_S):
+        while "cut by the test" not in reflector.stats.why:
+            await asyncio.sleep(0.01)
+    reading.cancel()
+    await asyncio.wait([reading])
+
+
 async def test_a_silent_watch_is_detected(server: ApiServer) -> None:
     async with following(server) as follower:
         server.bookmark_s = 60.0

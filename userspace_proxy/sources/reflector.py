@@ -178,9 +178,9 @@ class Reflector(Generic[T]):
                 await self._sleep(self._chance.uniform(0.0, self._pace.again_s))
             else:
                 delay_s = self._backoff.delay_s(failure)
-                if has_stood and isinstance(failure, _CutError):
+                if has_stood and self._found is None and isinstance(failure, _CutError):
                     # A balancer before the server ends a watch without events like this. It is a failure if the next
-                    # watch fails, too.
+                    # watch fails, too, or if the initial list was not complete.
                     log.debug("%s: %s", self.stats.kind, failure)
                 else:
                     self._note(failure, is_delayed=delay_s > 0)
