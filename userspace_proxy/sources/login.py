@@ -226,9 +226,11 @@ class ApiTransport:
 
 
 async def _start_plugin(*command: str, **details: Any) -> asyncio.subprocess.Process:
-    plugin = await asyncio.create_subprocess_exec(*command, start_new_session=True, **details)
-    _plugins.get().append(plugin)
-    return plugin
+    starting = asyncio.create_task(asyncio.create_subprocess_exec(*command, start_new_session=True, **details))
+    try:
+        return await asyncio.shield(starting)
+    finally:  # also if the login is given up just now
+        _plugins.get().append(await starting)
 
 
 # The credential plugins of the login under way; the library leaves one that hangs running.
