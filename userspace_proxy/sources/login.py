@@ -38,6 +38,7 @@ _USER_TIMEOUT_MS = 30_000
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
 # For reading the kubeconfig, and for the end of a credential plugin.
 _LOGIN_S = 20.0
+_PLUGIN_END_S = 1.0
 _WRITE_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 
 # Fields of a kubeconfig that name files.
@@ -221,8 +222,10 @@ class ApiTransport:
             _cleanup_temp_files()
             for plugin in plugins:
                 if plugin.returncode is None:  # the login was given up
-                    with contextlib.suppress(ProcessLookupError):
+                    with contextlib.suppress(ProcessLookupError, TimeoutError):
                         os.killpg(plugin.pid, signal.SIGKILL)
+                        async with asyncio.timeout(_PLUGIN_END_S):
+                            await plugin.communicate()  # closes the pipes
 
 
 async def _start_plugin(*command: str, **details: Any) -> asyncio.subprocess.Process:
