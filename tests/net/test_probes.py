@@ -184,7 +184,8 @@ def test_traffic_follows_the_one_server_that_is_the_primary_and_open_connections
     world: ServiceLab, tmp_path: Path
 ) -> None:
     roles = [Role(pod) for pod in world.pods]
-    check = "http path=/primary status=200 interval=1s rise=1 fall=1 panic=off"
+    # The servers run in this process: one late answer, as when it collects garbage, must not count.
+    check = "http path=/primary status=200 interval=1s rise=1 fall=3 panic=off"
     with contextlib.ExitStack() as stack:
         for role in roles:
             stack.callback(role.close)
@@ -213,7 +214,7 @@ def test_traffic_follows_the_one_server_that_is_the_primary_and_open_connections
             for role in before:
                 role.is_primary = False
             wait_until(lambda: unhealthy() == 2 and served_by() == {index}, f"server {index} alone serves")  # noqa: B023
-            assert served_by() == {index}
+            assert served_by() == {index}, proxy.log_file.read_text()[-5_000:]
             if held is not None:
                 with pytest.raises(ConnectionResetError):
                     held.recv(1)
