@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import subprocess
 from collections.abc import Iterator, Mapping
 
 import pytest
 
+from userspace_proxy.model.endpoint import Family
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
 from userspace_proxy.netfilter.conntrack import (
@@ -17,7 +19,7 @@ from userspace_proxy.netfilter.conntrack import (
     forget_udp_flows,
     stale_flows,
 )
-from userspace_proxy.netfilter.nfnetlink import delete_flows
+from userspace_proxy.netfilter.nfnetlink import Entry, TcpState, delete_flows, entries, unpacked
 
 DNS = Portal("10.96.0.10", 53, L4Protocol.UDP)
 DNS6 = Portal("fd00:96::10", 53, L4Protocol.UDP)
@@ -38,19 +40,17 @@ def flow(
     client: str = "192.168.50.2",
     sport: int = 4_000,
     answered_by: str = "192.168.50.1",
-) -> str:
-    """Return a flow as ``conntrack -L`` prints it: *answered_from* is the port that its replies come from."""
-    return (
-        f"udp      17 29 src={client} dst={asked} sport={sport} dport={port} "
-        f"[UNREPLIED] src={answered_by} dst={client} sport={answered_from} dport={sport} mark=0 use=1"
-    )
+) -> Entry:
+    """Return an entry of conntrack: *answered_from* is the port that its replies come from."""
+    source, to, by = (ipaddress.ip_address(ip).packed for ip in (client, asked, answered_by))
+    return Entry(source, sport, to, port, by, answered_from)
 
 
 # ---- which flows are stale
 
 
 @pytest.mark.parametrize(
-    ("changed", "line", "stale"),
+    ("changed", "entry", "stale"),
     [
         ({DNS: by(10_002)}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
         ({DNS: by(10_002)}, flow("10.96.0.10", 53, 10_002), set()),
@@ -65,40 +65,33 @@ def flow(
     ],
 )
 def test_a_flow_is_stale_when_its_replies_come_from_another_port_than_wanted(
-    changed: Mapping[Portal, Answering], line: str, stale: set[tuple[str, int]]
+    changed: Mapping[Portal, Answering], entry: Entry, stale: set[tuple[str, int]]
 ) -> None:
-    assert {flow.asked for flow in stale_flows(line, changed)} == stale
+    assert {flow.asked for flow in stale_flows([entry], changed)} == stale
 
 
 def test_flows_whose_client_port_equals_the_portals_port_are_kept() -> None:
-    assert stale_flows(flow("8.8.8.8", 123, 123, sport=53), {DNS: by(10_002)}) == []
+    assert stale_flows([flow("8.8.8.8", 123, 123, sport=53)], {DNS: by(10_002)}) == []
 
 
 def test_in_a_kernel_mode_a_flow_is_stale_when_its_endpoint_serves_no_more() -> None:
     kept, gone = ("10.1.0.1", 5353), ("10.1.0.2", 5353)
-    listing = "\n".join(
+    entries = [
         flow("10.96.0.10", 53, port, sport=4_000 + n, answered_by=ip)
         for n, (ip, port) in enumerate([kept, gone, (kept[0], 5354)])
-    )
+    ]
 
-    stale = stale_flows(listing, {DNS: frozenset({kept})})
+    stale = stale_flows(entries, {DNS: frozenset({kept})})
 
     assert [flow.client for flow in stale] == [("192.168.50.2", 4_001), ("192.168.50.2", 4_002)]
 
 
 def test_each_flow_is_named_by_its_client_and_its_destination() -> None:
-    listing = "\n".join(flow("10.96.0.10", 53, 10_001, sport=4_000 + n) for n in range(50))
+    entries = [flow("10.96.0.10", 53, 10_001, sport=4_000 + n) for n in range(50)]
 
-    assert stale_flows(listing, {DNS: by(10_002)}) == [
+    assert stale_flows(entries, {DNS: by(10_002)}) == [
         Flow(("192.168.50.2", 4_000 + n), ("10.96.0.10", 53)) for n in range(50)
     ]
-
-
-@pytest.mark.parametrize(
-    "listing", ["", "\n\n", "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been shown.", "dst=x"]
-)
-def test_lines_that_are_no_flow_are_skipped(listing: str) -> None:
-    assert stale_flows(listing, {DNS: by(10_002)}) == []
 
 
 # ---- the kernel's own table
@@ -196,6 +189,41 @@ async def test_where_there_are_no_flows_nothing_is_said(caplog: pytest.LogCaptur
     await forget_udp_flows({DNS: by(10_002), DNS6: by(10_002), NODE_PORT: set()})
 
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def listed(
+    protocol: L4Protocol, family: Family, state: TcpState | None = None
+) -> set[tuple[str, int, str, int, str, int]]:
+    return {
+        (unpacked(e.source), e.source_port, unpacked(e.asked), e.asked_port, unpacked(e.answering), e.answering_port)
+        for e in entries(protocol, family, state)
+    }
+
+
+@pytest.mark.usefixtures("flows")
+def test_the_kernels_entries_are_read_by_protocol_family_and_state() -> None:
+    for sport in range(5_000, 5_600):  # more than one datagram of the kernel
+        insert("fd00:96::10", 53, 10_001, sport)
+    insert("10.96.0.1", 80, 10_001, 4_005, "ESTABLISHED")
+    insert("10.96.0.1", 80, 80, 4_006, "SYN_SENT")
+    zoned = ["-s", "192.168.50.2", "-d", "10.96.0.1", "--orig-zone", "5", "--sport", "4007", "--dport", "80"]
+    zoned += ["-r", "10.1.0.1", "-q", "192.168.50.2", "--reply-port-src", "8080", "--reply-port-dst", "4007"]
+    command = ["conntrack", "-I", "-p", "tcp", "--state", "ESTABLISHED", "-t", "100", *zoned]
+    subprocess.run(command, capture_output=True, timeout=10, check=True)
+    ping = ["-p", "icmp", "-s", "192.168.50.2", "-d", "10.96.0.1", "--icmp-type", "8", "--icmp-code", "0"]
+    command = ["conntrack", "-I", *ping, "--icmp-id", "80", "-t", "100"]
+    subprocess.run(command, capture_output=True, timeout=10, check=True)
+
+    client = "192.168.50.2"
+    assert listed(L4Protocol.TCP, 4, TcpState.ESTABLISHED) == {
+        (client, 4_005, "10.96.0.1", 80, "192.168.50.1", 10_001),
+        (client, 4_007, "10.96.0.1", 80, "10.1.0.1", 8_080),
+    }
+    assert listed(L4Protocol.TCP, 4, TcpState.SYN_SENT) == {(client, 4_006, "10.96.0.1", 80, "10.96.0.1", 80)}
+    assert listed(L4Protocol.TCP, 6) == set()
+    assert listed(L4Protocol.UDP, 6) == {
+        ("fd00:50::2", sport, "fd00:96::10", 53, "fd00:50::1", 10_001) for sport in (4_001, 4_002, *range(5_000, 5_600))
+    }
 
 
 # ---- connections that began before their portal was served

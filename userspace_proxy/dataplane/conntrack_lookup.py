@@ -10,11 +10,12 @@ import contextlib
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
 
 from userspace_proxy import netlink
 from userspace_proxy.dataplane.sockets import plain_ip
-from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.endpoint import FAMILIES, Address
+from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.netfilter.nfnetlink import entries, unpacked
 from userspace_proxy.netlink import NESTED, attribute, attributes
 
 # linux/rtnetlink.h, nfnetlink.h, nfnetlink_conntrack.h
@@ -27,13 +28,6 @@ _PROTOCOL, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _RTMSG = struct.Struct("=8BI")
 _ROUTE_TYPE_AT = 7
 _NFGENMSG_BYTES = 4
-_DUMP_TIMEOUT_S = 5.0
-# The original direction of a conntrack entry, which comes first (ctnetlink_fill_info): source, destination,
-# protocol and ports, each after its attribute header.
-_ENTRY = {
-    socket.AF_INET: struct.Struct("!12x4s4x4s8xB3x4xH2x4xH"),
-    socket.AF_INET6: struct.Struct("!12x16s4x16s8xB3x4xH2x4xH"),
-}
 
 
 class KernelTables:
@@ -74,17 +68,18 @@ class KernelTables:
 
         Empty if the kernel does not list them. An entry outlives the last datagram of its flow by conntrack's timeouts.
         """
-        found: defaultdict[tuple[socket.AddressFamily, bytes, bytes, int], set[int]] = defaultdict(set)
+        found: defaultdict[tuple[bytes, bytes, int], set[int]] = defaultdict(set)
         with contextlib.suppress(OSError):
-            for family, source, to, to_port, port in _udp_entries():
-                found[family, source, to, to_port].add(port)
+            for family in FAMILIES:
+                for entry in entries(L4Protocol.UDP, family):
+                    found[entry.source, entry.asked, entry.asked_port].add(entry.source_port)
         flows: dict[tuple[str, Address], set[int]] = {}
         own: dict[str, bool] = {}
-        for (family, source, to, to_port), ports in found.items():
-            ip = socket.inet_ntop(family, source)
+        for (source, to, to_port), ports in found.items():
+            ip = unpacked(source)
             if ip not in own:
                 own[ip] = self.is_local(ip)
-            flows.setdefault(("" if own[ip] else ip, (socket.inet_ntop(family, to), to_port)), set()).update(ports)
+            flows.setdefault(("" if own[ip] else ip, (unpacked(to), to_port)), set()).update(ports)
         return flows
 
     def _ask(self, protocol: int, kind: int, question: bytes) -> bytes | None:
@@ -102,18 +97,6 @@ class KernelTables:
     def close(self) -> None:
         for sock in self._sockets.values():
             sock.close()
-
-
-def _udp_entries() -> Iterator[tuple[socket.AddressFamily, bytes, bytes, int, int]]:
-    """Yield family, source, destination, destination port and source port of each UDP flow; raises OSError."""
-    with netlink.open_socket(netlink.NETFILTER, _DUMP_TIMEOUT_S) as sock:
-        for family, entry in _ENTRY.items():
-            request = netlink.message(_CT_GET, netlink.REQUEST | netlink.DUMP, bytes((family, 0, 0, 0)))
-            for _, body in netlink.dump(sock, request):
-                if len(body) >= _NFGENMSG_BYTES + entry.size:
-                    source, to, protocol, port, to_port = entry.unpack_from(body, _NFGENMSG_BYTES)
-                    if protocol == socket.IPPROTO_UDP:
-                        yield family, source, to, to_port, port
 
 
 def _packed(ip: str) -> tuple[socket.AddressFamily, bytes]:

@@ -1,4 +1,4 @@
-"""Runs system tools (nft, iptables-restore, ip, conntrack), never through a shell."""
+"""Runs system tools (nft, iptables-restore, ip), never through a shell."""
 
 import asyncio
 import json
@@ -20,7 +20,6 @@ _PACKAGE = {
     "ip6tables-restore": "iptables",
     "ip6tables-save": "iptables",
     "ip": "iproute2",
-    "conntrack": "conntrack",
     "modprobe": "kmod",
 }
 _TIMEOUT_S = 60.0

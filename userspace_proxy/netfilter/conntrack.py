@@ -15,12 +15,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import NamedTuple
 
-from userspace_proxy.errors import SyncError
-from userspace_proxy.host.tool import run_tool
 from userspace_proxy.model.endpoint import Address, Family, family_of
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
-from userspace_proxy.netfilter.nfnetlink import delete_flows
+from userspace_proxy.netfilter.nfnetlink import Entry, TcpState, delete_flows, entries, unpacked
 
 # The addresses that replies of a portal come from; (ANY_IP, port) matches that port of any address.
 Answering = Set[Address]
@@ -36,41 +34,40 @@ class Flow(NamedTuple):
     asked: Address
 
 
-def stale_flows(listing: str, changed: Mapping[Portal, Answering]) -> list[Flow]:
-    """Return the flows in *listing* to portals in *changed* whose replies do not come from an address given there.
+def stale_flows(entries: Iterable[Entry], changed: Mapping[Portal, Answering]) -> list[Flow]:
+    """Return the flows in *entries* to portals in *changed* whose replies do not come from an address given there.
 
-    *listing* is the output of ``conntrack -L -p udp``: a flow's addresses, then those of its replies. Replies from the
-    dialled address itself mean that the flow began before a rule existed.
+    Replies from the dialled address itself mean that the flow began before a rule existed.
     """
     by_ip = {(portal.ip, portal.port): wanted for portal, wanted in changed.items() if not portal.is_node_port}
     by_port = {(portal.family, portal.port): wanted for portal, wanted in changed.items() if portal.is_node_port}
     stale = []
-    for flow, answering in _flows(listing):
+    for flow, answering in _flows(entries, changed):
         wanted = by_ip.get(flow.asked, by_port.get((family_of(flow.asked[0]), flow.asked[1])))
         if wanted is not None and (answering == flow.asked or not {answering, (ANY_IP, answering[1])} & wanted):
             stale.append(flow)
     return stale
 
 
-def untranslated(listing: str, portals: Collection[Portal]) -> list[Flow]:
-    """Return the connections in *listing* (``conntrack -L``) to *portals* that were not translated."""
+def untranslated(entries: Iterable[Entry], portals: Collection[Portal]) -> list[Flow]:
+    """Return the connections in *entries* to *portals* that were not translated."""
     by_ip = {(portal.ip, portal.port) for portal in portals if not portal.is_node_port}
     by_port = {(portal.family, portal.port) for portal in portals if portal.is_node_port}
     return [
         flow
-        for flow, answering in _flows(listing)
+        for flow, answering in _flows(entries, portals)
         if answering == flow.asked
         and (flow.asked in by_ip or (by_port and (family_of(flow.asked[0]), flow.asked[1]) in by_port))
     ]
 
 
-def _flows(listing: str) -> Iterator[tuple[Flow, Address]]:
-    """Yield each flow in *listing* with the address that its replies come from."""
-    for line in listing.splitlines():
-        words = [word.partition("=") for word in line.split()]
-        values = [value for key, _, value in words if key in ("src", "dst", "sport", "dport")]
-        if len(values) >= 8:
-            yield Flow((values[0], int(values[2])), (values[1], int(values[3]))), (values[4], int(values[6]))
+def _flows(entries: Iterable[Entry], portals: Iterable[Portal]) -> Iterator[tuple[Flow, Address]]:
+    """Yield each flow in *entries* to a port of *portals*, with the address that its replies come from."""
+    ports = {portal.port for portal in portals}
+    for entry in entries:
+        if entry.asked_port in ports:
+            flow = Flow((unpacked(entry.source), entry.source_port), (unpacked(entry.asked), entry.asked_port))
+            yield flow, (unpacked(entry.answering), entry.answering_port)
 
 
 async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Family]:
@@ -81,11 +78,11 @@ async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Famil
     forgotten = Counter[Family]()
     try:
         for family in sorted({portal.family for portal in changed}):
-            listing = await run_tool("conntrack", "-L", "-p", "udp", "-f", f"ipv{family}")
-            if flows := await asyncio.to_thread(stale_flows, listing, changed):
+            listed = entries(L4Protocol.UDP, family)  # read by the thread, as it may be long
+            if flows := await asyncio.to_thread(stale_flows, listed, changed):
                 forgotten[family] = await asyncio.to_thread(delete_flows, L4Protocol.UDP, flows)
                 log.debug("forgot %d UDP flows of %d that went the old way", forgotten[family], len(flows))
-    except (SyncError, OSError) as error:
+    except OSError as error:
         log.warning("stale UDP flows were not forgotten, their clients wait for conntrack's time-out: %s", error)
     return forgotten
 
@@ -97,11 +94,11 @@ async def forget_early_connections(portals: Collection[Portal]) -> None:
     """
     try:
         for family in sorted({portal.family for portal in portals}):
-            listing = await run_tool("conntrack", "-L", "-p", "tcp", "--state", "SYN_SENT", "-f", f"ipv{family}")
-            if flows := await asyncio.to_thread(untranslated, listing, portals):
+            listed = entries(L4Protocol.TCP, family, TcpState.SYN_SENT)
+            if flows := await asyncio.to_thread(untranslated, listed, portals):
                 deleted = await asyncio.to_thread(delete_flows, L4Protocol.TCP, flows)
                 log.debug("forgot %d connections that began before their portal was served", deleted)
-    except (SyncError, OSError) as error:
+    except OSError as error:
         log.warning("clients that dialled before a portal was served may wait two minutes: %s", error)
 
 
@@ -111,8 +108,8 @@ async def open_connections(portals: Iterable[Portal]) -> int:
     found = 0
     try:
         for family in sorted({portal.family for portal in led_anywhere}):
-            listing = await run_tool("conntrack", "-L", "-p", "tcp", "--state", "ESTABLISHED", "-f", f"ipv{family}")
-            found += len(await asyncio.to_thread(stale_flows, listing, led_anywhere))
-    except SyncError as error:
+            listed = entries(L4Protocol.TCP, family, TcpState.ESTABLISHED)
+            found += len(await asyncio.to_thread(stale_flows, listed, led_anywhere))
+    except OSError as error:
         log.debug("open connections cannot be counted: %s", error)
     return found
