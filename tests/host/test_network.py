@@ -7,15 +7,16 @@ import ipaddress
 import itertools
 import json
 import os
+import resource
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.host import network
-from userspace_proxy.host.network import Network, missing_routes, unnumbered_interfaces
+from userspace_proxy.host import network, rtnetlink
+from userspace_proxy.host.network import missing_routes, unnumbered_interfaces
+from userspace_proxy.host.rtnetlink import HostAddress, Interface, Network, Route
 from userspace_proxy.lab import Lab, ip
 
 
@@ -119,27 +120,30 @@ async def test_the_private_addresses_come_and_go_and_both_may_be_repeated() -> N
 # ---- interfaces without an address
 
 
-def link(name: str, *, inet: bool = False, flags: tuple[str, ...] = (), master: str | None = None) -> dict[str, Any]:
-    addresses = [{"family": "inet6"}, *([{"family": "inet"}] if inet else [])]
-    return {"ifname": name, "flags": list(flags), "addr_info": addresses, **({"master": master} if master else {})}
+def link(name: str, *ips: str, flags: int = 0, is_port: bool = False) -> Interface:
+    return Interface(name, flags, 0, "", is_port, tuple(HostAddress(ip, 24, rtnetlink.SCOPE_GLOBAL, 0) for ip in ips))
+
+
+def route(destination: str, device: str = "", kind: int = 1) -> Route:
+    return Route(ipaddress.ip_network(destination), kind, rtnetlink.TABLE_MAIN, device, 0, "")
 
 
 @pytest.mark.parametrize(
-    ("given", "routes", "unnumbered"),
+    ("given", "to", "unnumbered"),
     [
-        (link("cali0"), [{"dev": "cali0", "dst": "10.244.0.2"}], ["cali0"]),
-        (link("eth0", inet=True), [{"dev": "eth0"}], []),
-        (link("cali0"), [{"dev": "eth0"}], []),
-        (link("lo", flags=("LOOPBACK", "UP")), [{"dev": "lo"}], []),
-        (link("veth0", master="cni0"), [{"dev": "veth0"}], []),
-        ({"ifname": "tun0"}, [{"dev": "tun0"}], ["tun0"]),
-        (link("eth0"), [{"type": "blackhole", "dst": "10.0.0.0/8"}], []),
+        (link("cali0", "fe80::1"), route("10.244.0.2", "cali0"), ["cali0"]),
+        (link("eth0", "fe80::1", "192.0.2.1"), route("0.0.0.0/0", "eth0"), []),
+        (link("cali0"), route("0.0.0.0/0", "eth0"), []),
+        (link("lo", flags=rtnetlink.IS_LOOPBACK), route("10.0.0.1", "lo"), []),
+        (link("veth0", is_port=True), route("10.0.0.1", "veth0"), []),
+        (link("tun0"), route("10.0.0.1", "tun0"), ["tun0"]),
+        (link("eth0"), route("10.0.0.0/8", kind=rtnetlink.BLACKHOLE), []),
     ],
 )
 def test_an_interface_with_routes_and_no_address_is_unnumbered(
-    given: dict[str, Any], routes: list[dict[str, Any]], unnumbered: list[str]
+    given: Interface, to: Route, unnumbered: list[str]
 ) -> None:
-    assert unnumbered_interfaces([given], routes) == unnumbered
+    assert unnumbered_interfaces([given], [to]) == unnumbered
 
 
 async def test_this_namespace_has_no_such_interface() -> None:
@@ -196,17 +200,18 @@ def test_the_listening_ports_of_this_host_are_found() -> None:
         assert ("TCP", client.getsockname()[1]) not in found
 
 
-@pytest.mark.parametrize("printed", ["exit 1", 'echo \'[{"ifname": "eth0", "addr_info": [{"local": "192.0.2.1"\''])
-async def test_a_host_whose_addresses_cannot_be_read_is_not_one_without_addresses(
-    printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tool := tmp_path / "ip").write_text(f"#!/bin/sh\n{printed}\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-
-    with pytest.raises(SyncError):
-        await network.look_at_addresses()
-    assert await network.host_addresses() == ()
+async def test_a_host_whose_addresses_cannot_be_read_is_not_one_without_addresses() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    await network.look_at_addresses()  # makes the thread that asks the kernel
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))  # no socket can be opened
+    try:
+        with pytest.raises(SyncError, match="Too many open files"):
+            await network.look_at_addresses()
+        assert await network.host_addresses() == ()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 async def test_the_addresses_of_the_interface_with_the_default_route_come_first() -> None:

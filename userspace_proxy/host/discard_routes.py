@@ -13,11 +13,13 @@ iptables mode rejects at FORWARD, behind routing. The addresses that it rejects 
 
 import ipaddress
 from collections.abc import Collection, Iterable
-from typing import Any
+from functools import partial
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.host.network import ROUTE_PROTOCOL, Network, leading_bits, live_routes, run_batch, to_network
-from userspace_proxy.host.tool import run_ip
+from userspace_proxy.host import rtnetlink
+from userspace_proxy.host.network import ROUTE_PROTOCOL, leading_bits, live_routes, own_routes, run_batch
+from userspace_proxy.host.rtnetlink import Network, Route, RoutingRule
+from userspace_proxy.model.endpoint import FAMILIES, Family
 
 # A forwarded packet to one of the ranges:
 # 1. follows a route of the main table that is narrower than the range, such as one to a network inside of it;
@@ -40,7 +42,7 @@ async def discard(ranges: Collection[Network], addresses: Collection[Network] = 
         SyncError: the kernel refused the routes of one IP family, or of both.
     """
     refused = []
-    for version in (4, 6):
+    for version in FAMILIES:
         its_ranges = {network for network in ranges if network.version == version}
         its_addresses = {network for network in addresses if network.version == version}
         try:
@@ -66,9 +68,9 @@ async def except_addresses(ips: Collection[str]) -> None:
     Raises:
         SyncError: the kernel refused a route.
     """
-    for version in (4, 6):
+    for version in FAMILIES:
         listed = await _listed(version)
-        held = {to_network(route["dst"], version) for route in listed if route.get("type") != "blackhole"}
+        held = {route.destination for route in listed if route.kind != rtnetlink.BLACKHOLE}
         wanted = {network for network in map(ipaddress.ip_network, ips) if network.version == version}
         kind = "" if version == 4 else "throw "
         route = f"table {_TABLE} proto {ROUTE_PROTOCOL} {_EXCEPTION[version]}"
@@ -79,15 +81,14 @@ async def except_addresses(ips: Collection[str]) -> None:
         )
 
 
-async def _listed(version: int) -> list[dict[str, Any]]:
+async def _listed(version: Family) -> list[Route]:
     """Return the routes in the table of discard routes."""
-    listed = await run_ip(f"-{version}", "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)
-    return [route for route in listed if route.get("table") == _TABLE]
+    return [route for route in await own_routes(version) if route.table == int(_TABLE)]
 
 
-async def _discard(version: int, ranges: set[Network], addresses: set[Network]) -> None:
-    rules = await run_ip(f"-{version}", "rule", "show")
-    held = {to_network(route["dst"], version) for route in await _listed(version) if route.get("type") == "blackhole"}
+async def _discard(version: Family, ranges: set[Network], addresses: set[Network]) -> None:
+    rules = await rtnetlink.read(partial(rtnetlink.routing_rules, version))
+    held = {route.destination for route in await _listed(version) if route.kind == rtnetlink.BLACKHOLE}
     wanted = ranges | (await _led_to_by_default(version, addresses) if addresses else set())
     await run_batch(
         version,
@@ -97,18 +98,14 @@ async def _discard(version: int, ranges: set[Network], addresses: set[Network]) 
     )
 
 
-def _rule_changes(rules: Iterable[dict[str, Any]], ranges: set[Network], *, discards: bool) -> list[str]:
+def _rule_changes(rules: Collection[RoutingRule], ranges: set[Network], *, discards: bool) -> list[str]:
     """Return the `ip rule` commands that turn *rules* into the desired ones.
 
     Routes narrower than a range are looked up before anything is discarded.
     """
-    narrower = {
-        ipaddress.ip_network("/".join(str(rule[key]) for key in ("dst", "dstlen") if key in rule))
-        for rule in rules
-        if rule["priority"] == _NARROWER
-    }
+    narrower = {rule.destination for rule in rules if rule.priority == _NARROWER and rule.destination is not None}
     wanted = {network for network in ranges if network.prefixlen}
-    is_there = any(rule["priority"] == _DISCARD for rule in rules)
+    is_there = any(rule.priority == _DISCARD for rule in rules)
     return [
         *(
             f"rule add priority {_NARROWER} to {n} lookup main suppress_prefixlength {n.prefixlen - 1}"
@@ -120,7 +117,7 @@ def _rule_changes(rules: Iterable[dict[str, Any]], ranges: set[Network], *, disc
     ]
 
 
-async def _led_to_by_default(version: int, addresses: set[Network]) -> set[Network]:
+async def _led_to_by_default(version: Family, addresses: set[Network]) -> set[Network]:
     """Return those of *addresses* that only the default route covers."""
     routes = await live_routes(version)
     if all(route.prefixlen for route in routes):

@@ -7,20 +7,21 @@ what a crashed process left.
 import contextlib
 import ipaddress
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.host.tool import run_ip, run_tool
-from userspace_proxy.model.endpoint import FAMILIES, family_of
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from userspace_proxy.host import rtnetlink
+from userspace_proxy.host.rtnetlink import HostAddress, Interface, Network, Route
+from userspace_proxy.host.tool import run_tool
+from userspace_proxy.model.endpoint import FAMILIES, Family, family_of
 
 # Unassigned in rt_protos; `ip route show proto 107` lists the routes of this proxy.
 ROUTE_PROTOCOL = "107"
 # Types of routes that forward nothing: connect() to such a destination fails before any rule sees a packet.
-_DEAD_ROUTES = ("unreachable", "blackhole", "prohibit", "throw")
+_DEAD_ROUTES = (rtnetlink.UNREACHABLE, rtnetlink.BLACKHOLE, rtnetlink.PROHIBIT, rtnetlink.THROW)
 
 # The private addresses on ``lo``, for Capture.ADDRESS.
 LOCAL_ADDRESS4 = "169.254.77.7"
@@ -49,16 +50,19 @@ def missing_routes(wanted: Iterable[Network], routes: Iterable[str | Network]) -
     return missing
 
 
-async def live_routes(family: int) -> list[Network]:
-    """Return the destinations of this host's routes that forward packets; the default route has length 0."""
-    listed = await run_ip(f"-{family}", "route", "show")
-    return [to_network(route["dst"], family) for route in listed if route.get("type") not in _DEAD_ROUTES]
+async def live_routes(family: Family, *, default_only: bool = False) -> list[Network]:
+    """Return the destinations of this host's routes that forward packets; the default route has length 0.
+
+    Raises:
+        SyncError: they cannot be listed.
+    """
+    query = partial(rtnetlink.routes, family, table=rtnetlink.TABLE_MAIN, default_only=default_only)
+    return [route.destination for route in await rtnetlink.read(query) if route.kind not in _DEAD_ROUTES]
 
 
-def to_network(destination: str, family: int) -> Network:
-    """Return *destination* as ``ip`` prints it, also "default", as a network."""
-    everything = "0.0.0.0/0" if family == 4 else "::/0"
-    return ipaddress.ip_network(everything if destination == "default" else destination, strict=False)
+async def own_routes(family: Family) -> list[Route]:
+    """Return the routes of this proxy, in whichever table. Raises SyncError."""
+    return await rtnetlink.read(partial(rtnetlink.routes, family, protocol=int(ROUTE_PROTOCOL)))
 
 
 def leading_bits(network: Network, length: int) -> tuple[int, int, int]:
@@ -77,8 +81,7 @@ async def add_routes(networks: Iterable[Network], sources: Iterable[str] = ()) -
     for family in FAMILIES:
         if not (of_family := [n for n in desired if n.version == family]):
             continue
-        # There may be 100,000 other routes.
-        if all(route.get("type") in _DEAD_ROUTES for route in await run_ip(f"-{family}", "route", "show", "default")):
+        if not await live_routes(family, default_only=True):  # there may be 100,000 others
             missing = missing_routes(of_family, await live_routes(family))
             lines = (f"route add {n} dev lo{source.get(family, '')} proto {ROUTE_PROTOCOL}" for n in missing)
             await run_batch(family, *lines)
@@ -105,13 +108,14 @@ async def remove_routes_to(networks: Iterable[Network]) -> None:
 
 
 async def remove_routes() -> None:
-    """Remove every route of this proxy, and with them the addresses of `add_own_address`."""
-    for version in ("-4", "-6"):
-        for table in ("main", "local"):
-            try:
-                await run_tool("ip", version, "route", "flush", "table", table, "proto", ROUTE_PROTOCOL)
-            except SyncError as error:
-                log.debug("no routes were removed: %s", error)
+    """Remove every route of this proxy, and with them the addresses of `add_own_address`; but not other tables'."""
+    for family in FAMILIES:
+        try:
+            held = {route.table for route in await own_routes(family)}
+            for table in held & {rtnetlink.TABLE_MAIN, rtnetlink.TABLE_LOCAL}:
+                await run_tool("ip", f"-{family}", "route", "flush", "table", str(table), "proto", ROUTE_PROTOCOL)
+        except SyncError as error:
+            log.debug("no routes were removed: %s", error)
 
 
 async def add_own_address(ip: str) -> None:
@@ -127,8 +131,8 @@ async def remove_own_addresses(keep: Collection[str] = ()) -> None:
     """Remove the addresses of `add_own_address`, also those of earlier processes, except the addresses in *keep*."""
     for family in FAMILIES:
         try:
-            listed = await run_ip(f"-{family}", "route", "show", "table", "local", "proto", ROUTE_PROTOCOL)
-            added = [str(route["dst"]) for route in listed]
+            listed = (route for route in await own_routes(family) if route.table == rtnetlink.TABLE_LOCAL)
+            added = [str(route.destination.network_address) for route in listed]
             await run_batch(family, *(f"route del {_own_route(ip)}" for ip in added if ip not in keep))
         except SyncError as error:
             log.debug("some addresses were not removed: %s", error)
@@ -151,16 +155,16 @@ async def add_local_addresses() -> None:
 
 
 async def remove_local_addresses() -> None:
-    held = await run_tool("ip", "-json", "address", "show", "dev", "lo")
-    for address in (f"{LOCAL_ADDRESS4}/32", f"{LOCAL_ADDRESS6}/128"):
-        if f'"{address.partition("/")[0]}"' in held:
-            await run_tool("ip", "address", "del", address, "dev", "lo")
+    held = {address.ip for link, address in await _addresses() if link.name == "lo"}
+    for ip, length in ((LOCAL_ADDRESS4, 32), (LOCAL_ADDRESS6, 128)):
+        if ip in held:
+            await run_tool("ip", "address", "del", f"{ip}/{length}", "dev", "lo")
 
 
 async def lacks_addresses() -> bool:
     """Return whether this host has no IPv4 address except those of ``lo``."""
     try:
-        return not await run_ip("-4", "address", "show", "scope", "global")
+        return not any(_is_global(address) and family_of(address.ip) == 4 for _, address in await _addresses())
     except SyncError:
         return False
 
@@ -172,20 +176,25 @@ async def host_addresses() -> tuple[str, ...]:
     (container bridges, VPNs) are older. Of these, temporary (RFC 8981) and deprecated ones come last: they end.
     """
     try:
-        addresses = (await look_at_addresses()).host
+        listed = await _addresses()
+        addresses = _of_host(listed).host
         first: list[str] = []
-        for version in ("-4", "-6"):
-            default = await run_ip(version, "route", "show", "default")
-            for route in sorted(default, key=lambda route: route.get("metric", 0))[:1]:
-                where = ("scope", "global", "dev", str(route.get("dev", "lo")))
-                on_it = [address for _, address in await _addresses(*where, options=(version,))]
-                lasting_first = sorted(on_it, key=lambda each: "temporary" in each or "deprecated" in each)
-                preferred = (route.get("prefsrc"), *(address.get("local") for address in lasting_first))
+        for family in FAMILIES:
+            query = partial(rtnetlink.routes, family, table=rtnetlink.TABLE_MAIN, default_only=True)
+            for route in sorted(await rtnetlink.read(query), key=lambda route: route.metric)[:1]:
+                on_it = [a for link, a in listed if link.name == route.device and family_of(a.ip) == family]
+                lasting_first = sorted(on_it, key=lambda each: _is_ending(each, family))
+                preferred = (route.source, *(address.ip for address in lasting_first))
                 first += (ip for ip in preferred if ip in addresses)
         return tuple(dict.fromkeys((*first, *addresses)))
     except SyncError as error:
         log.warning("this host's addresses cannot be looked at: %s", error)
         return ()
+
+
+def _is_ending(address: HostAddress, family: Family) -> bool:
+    """Return whether *address* is temporary or deprecated. The first flag has another meaning for IPv4."""
+    return bool(address.flags & (rtnetlink.IS_DEPRECATED | (rtnetlink.IS_TEMPORARY if family == 6 else 0)))
 
 
 class Addresses(NamedTuple):
@@ -201,21 +210,27 @@ class Addresses(NamedTuple):
 
 async def look_at_addresses() -> Addresses:
     """Return the addresses of this host. Raises SyncError if they cannot be listed."""
+    return _of_host(await _addresses())
+
+
+def _of_host(listed: Iterable[tuple[Interface, HostAddress]]) -> Addresses:
     own: dict[str, None] = {}
     device: set[str] = set()
-    for link, address in await _addresses():
-        if link["ifname"] == SERVICES_DEVICE:
-            device |= {address["local"]} if address["scope"] != "link" else set()
-        elif _is_own(address):
-            own[address["local"]] = None
+    for link, address in listed:
+        if link.name == SERVICES_DEVICE:
+            device |= {address.ip} if address.scope != rtnetlink.SCOPE_LINK else set()
+        # An address that is tentative (IPv6) may be another host's, and no socket can be bound to it yet.
+        elif (
+            _is_global(address)
+            and address.ip not in (LOCAL_ADDRESS4, LOCAL_ADDRESS6)
+            and not address.flags & rtnetlink.IS_TENTATIVE
+        ):
+            own[address.ip] = None
     return Addresses(tuple(own), frozenset(device))
 
 
-def _is_own(address: Mapping[str, Any]) -> bool:
-    """Return whether *address* is global, in use, and not one that this proxy adds."""
-    if address["scope"] != "global" or address.get("local") in (None, LOCAL_ADDRESS4, LOCAL_ADDRESS6):
-        return False
-    return not address.get("tentative")  # IPv6: another host may have it, and no socket can be bound to it yet
+def _is_global(address: HostAddress) -> bool:
+    return address.scope == rtnetlink.SCOPE_GLOBAL
 
 
 async def look_at_networks() -> tuple[frozenset[str], tuple[Network, ...]]:
@@ -228,17 +243,16 @@ async def look_at_networks() -> tuple[frozenset[str], tuple[Network, ...]]:
     except SyncError as error:
         log.warning("this host's networks cannot be looked at: %s", error)
         return frozenset(), ()
-    scoped = [(link, a) for link, a in listed if a["scope"] == "global" and "local" in a]
-    own = [a for link, a in scoped if not {"BROADCAST", "NOARP"} <= set(link.get("flags", ()))]
-    networks = (ipaddress.ip_network(f"{a['local']}/{a['prefixlen']}", strict=False) for a in own)
+    dummy = rtnetlink.IS_BROADCAST | rtnetlink.HAS_NO_ARP
+    own = [a for link, a in listed if _is_global(a) and link.flags & dummy != dummy]
+    networks = (ipaddress.ip_network(f"{a.ip}/{a.prefix_length}", strict=False) for a in own)
     attached = dict.fromkeys(network for network in networks if network.num_addresses > 1)
-    return frozenset(a["local"] for a in own), tuple(attached)
+    return frozenset(a.ip for a in own), tuple(attached)
 
 
-async def _addresses(*selection: str, options: Sequence[str] = ()) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return each address of this host after its interface, both as ``ip`` describes them."""
-    links = await run_ip(*options, "address", "show", *selection)
-    return [(link, address) for link in links for address in link.get("addr_info", ())]
+async def _addresses() -> list[tuple[Interface, HostAddress]]:
+    """Return each address of this host after its interface. Raises SyncError."""
+    return [(link, address) for link in await rtnetlink.read(rtnetlink.interfaces) for address in link.addresses]
 
 
 def listening_ports() -> set[tuple[str, int]]:
@@ -254,28 +268,26 @@ def listening_ports() -> set[tuple[str, int]]:
     return found
 
 
-def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict[str, Any]]) -> list[str]:
+def unnumbered_interfaces(links: Iterable[Interface], routes: Iterable[Route]) -> list[str]:
     """Return the interfaces that carry IPv4 traffic but have no IPv4 address (as with Calico).
 
     REDIRECT sends a packet to the first address of the interface it arrived at. If there is none, it drops the packet.
-    *links* and *routes* are the output of ``ip -json address`` and ``ip -json -4 route``. Bridge ports are skipped:
-    their packets arrive at the bridge.
+    *routes* are those of IPv4. Bridge ports are skipped: their packets arrive at the bridge.
     """
-    routed = {route.get("dev") for route in routes}
+    routed = {route.device for route in routes}
     return [
-        link["ifname"]
+        link.name
         for link in links
-        if link["ifname"] in routed
-        and "LOOPBACK" not in link.get("flags", ())
-        and "master" not in link
-        and not any(a.get("family") == "inet" for a in link.get("addr_info", ()))
+        if link.name in routed
+        and not link.flags & rtnetlink.IS_LOOPBACK
+        and not link.is_port
+        and not any(family_of(address.ip) == 4 for address in link.addresses)
     ]
 
 
 async def find_unnumbered_interfaces() -> list[str]:
-    links = await run_ip("address", "show")
-    routes = await run_ip("-4", "route", "show", "table", "all")
-    return unnumbered_interfaces(links, routes)
+    links = await rtnetlink.read(rtnetlink.interfaces)
+    return unnumbered_interfaces(links, await rtnetlink.read(partial(rtnetlink.routes, 4)))
 
 
 # ---- kernel settings

@@ -62,11 +62,6 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     return done.stdout.decode(errors="replace")
 
 
-async def run_ip(*arguments: str) -> Any:
-    """Run ``ip -json`` and return what it prints as Python values. Raises SyncError."""
-    return parsed(await run_tool("ip", "-json", *arguments))
-
-
 async def load_nft(script: str, *, is_dry_run: bool = False) -> None:
     """Apply *script*, in nft's language, as one transaction. *is_dry_run*: the kernel checks it and changes nothing.
 

@@ -16,7 +16,7 @@ from userspace_proxy.control.pools import address_of
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import discard_routes, network, sysctls
-from userspace_proxy.host.network import Network
+from userspace_proxy.host.rtnetlink import Network
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState

@@ -7,14 +7,15 @@ import socket
 from collections.abc import Iterable, Set
 from pathlib import Path
 
+from userspace_proxy.host import rtnetlink
 from userspace_proxy.host.network import SERVICES_DEVICE
-from userspace_proxy.host.tool import run_ip, run_tool
+from userspace_proxy.host.tool import run_tool
 from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.modes.rule_line import RuleLine
 
 DEVICE = SERVICES_DEVICE
 # kube-proxy's device has the same name. The group marks ours: `ip link show group 10777` lists it.
-OWN_GROUP = "10777"
+OWN_GROUP = 10777
 _IPV6 = Path("/proc/sys/net/ipv6/conf")
 
 
@@ -52,8 +53,8 @@ class VirtualDevice:
         """Return whether another program created the device."""
         if not _is_there():
             return False
-        links = await run_ip("link", "show", "dev", DEVICE)
-        return any(link.get("group") != OWN_GROUP for link in links)
+        links = await rtnetlink.read(rtnetlink.interfaces)
+        return any(link.name == DEVICE and link.group != OWN_GROUP for link in links)
 
     async def set_addresses(self, desired: Iterable[str]) -> None:
         """Give the device the *desired* addresses and no others. IPv6 addresses only if this host uses IPv6.

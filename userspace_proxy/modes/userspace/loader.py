@@ -144,7 +144,7 @@ class _ReplyRoutes:
 
     def __init__(self) -> None:
         self._are_there: bool | None = None  # None: unknown
-        self._versions: list[str] = []  # the IP families that have them
+        self._families: list[Family] = []  # that have them
         self._notices: RoutingRuleNotices | None = None
 
     def watch(self, on_change: Callable[[], None]) -> None:
@@ -158,13 +158,13 @@ class _ReplyRoutes:
 
     async def are_intact(self) -> bool:
         """Return whether the routes are there, as far as they were added."""
-        return not self._are_there or await transparent_replies.has_transparent_routes(self._versions)
+        return not self._are_there or await transparent_replies.has_transparent_routes(self._families)
 
     async def add(self, facts: NodeFacts, *, again: bool) -> None:
         """Add them before the rules are loaded. *again*: another program may have removed them."""
         if not facts.transparent or (self._are_there and not again):
             return
-        self._versions = await transparent_replies.add_transparent_routes()
+        self._families = await transparent_replies.add_transparent_routes()
         for errors in (True, False):
             try:
                 await load_nft(transparent_replies.bridge_table(errors=errors))

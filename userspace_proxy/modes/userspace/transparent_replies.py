@@ -8,11 +8,14 @@ errors are found by the packet that they quote (nf_socket_ipv4.c, extract_icmp4_
 import logging
 import socket
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.host.network import ROUTE_PROTOCOL
-from userspace_proxy.host.tool import run_ip, run_tool
+from userspace_proxy.host import rtnetlink
+from userspace_proxy.host.network import ROUTE_PROTOCOL, own_routes
+from userspace_proxy.host.tool import run_tool
+from userspace_proxy.model.endpoint import FAMILIES, Family
 from userspace_proxy.model.redirects import OWN_MARK, TRANSPARENT_MARK
 
 BRIDGE_TABLE = "bridge userspace_proxy"
@@ -94,56 +97,61 @@ table {BRIDGE_TABLE} {{
 # ---- routes for replies to a client's own address
 
 # Packets with TRANSPARENT_MARK and without OWN_MARK are for this node, whatever their destination.
-_TRANSPARENT_RULE = (
-    *("priority", "10777", "fwmark", f"{TRANSPARENT_MARK:#x}/{OWN_MARK | TRANSPARENT_MARK:#x}"),
-    *("lookup", "10777"),
-)
-_TRANSPARENT_ROUTE = ("local", "default", "dev", "lo", "table", "10777", "proto", ROUTE_PROTOCOL)
+_PRIORITY = _TABLE = 10777
+_MARK, _MASK = TRANSPARENT_MARK, OWN_MARK | TRANSPARENT_MARK
+_TRANSPARENT_RULE = ("priority", str(_PRIORITY), "fwmark", f"{_MARK:#x}/{_MASK:#x}", "lookup", str(_TABLE))
+_TRANSPARENT_ROUTE = ("local", "default", "dev", "lo", "table", str(_TABLE), "proto", ROUTE_PROTOCOL)
 
 
-async def add_transparent_routes() -> list[str]:
+async def add_transparent_routes() -> list[Family]:
     """Route marked replies to this node's own sockets. May be repeated.
 
-    Return the IP families, as options of ``ip``, in which it succeeded.
+    Return the IP families in which it succeeded.
 
     Raises:
         SyncError: refused for IPv4. Without IPv6, only a warning is logged.
     """
-    added = []
-    for version in ("-4", "-6"):
+    added: list[Family] = []
+    for family in FAMILIES:
         try:
-            await run_tool("ip", version, "route", "replace", *_TRANSPARENT_ROUTE)
-            if not await run_ip(version, "rule", "show", *_TRANSPARENT_RULE):
-                await run_tool("ip", version, "rule", "add", *_TRANSPARENT_RULE)
-            added.append(version)
+            await run_tool("ip", f"-{family}", "route", "replace", *_TRANSPARENT_ROUTE)
+            if not await _has_rule(family):
+                await run_tool("ip", f"-{family}", "rule", "add", *_TRANSPARENT_RULE)
+            added.append(family)
         except SyncError as error:
-            if version == "-4":
+            if family == 4:
                 raise
             log.warning("IPv6 clients cannot be served transparently: %s", error)
     return added
 
 
-async def has_transparent_routes(versions: Sequence[str]) -> bool:
-    """Return whether the routes and rules of `add_transparent_routes` are there in *versions*, which it returned."""
-    for version in versions:
-        routes = await run_ip(version, "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)
-        if not any(route.get("table") == "10777" for route in routes):
-            return False
-        if not await run_ip(version, "rule", "show", *_TRANSPARENT_RULE):
+async def has_transparent_routes(families: Sequence[Family]) -> bool:
+    """Return whether the routes and rules of `add_transparent_routes` are there in *families*, which it returned."""
+    for family in families:
+        if not await _has_route(family) or not await _has_rule(family):
             return False
     return True
 
 
 async def remove_transparent_routes() -> None:
     """Remove the routes of `add_transparent_routes`, also those of other processes of this proxy."""
-    for version in ("-4", "-6"):
+    for family in FAMILIES:
         try:
-            while await run_ip(version, "rule", "show", *_TRANSPARENT_RULE):
-                await run_tool("ip", version, "rule", "del", *_TRANSPARENT_RULE)
-            if await run_ip(version, "route", "show", "table", "all", "proto", ROUTE_PROTOCOL):
-                await run_tool("ip", version, "route", "flush", "table", "10777", "proto", ROUTE_PROTOCOL)
+            while await _has_rule(family):
+                await run_tool("ip", f"-{family}", "rule", "del", *_TRANSPARENT_RULE)
+            if await _has_route(family):
+                await run_tool("ip", f"-{family}", "route", "flush", "table", str(_TABLE), "proto", ROUTE_PROTOCOL)
         except SyncError as error:
             log.debug("no transparent routes were removed: %s", error)
+
+
+async def _has_route(family: Family) -> bool:
+    return any(route.table == _TABLE for route in await own_routes(family))
+
+
+async def _has_rule(family: Family) -> bool:
+    rules = await rtnetlink.read(partial(rtnetlink.routing_rules, family))
+    return any((rule.priority, rule.mark, rule.table) == (_PRIORITY, (_MARK, _MASK), _TABLE) for rule in rules)
 
 
 async def transparent_obstacles(language: str) -> list[str]:
@@ -171,7 +179,7 @@ async def transparent_obstacles(language: str) -> list[str]:
             "*mangle\n:USERSPACE-PROXY-CHECK - [0:0]\n"
             "-A USERSPACE-PROXY-CHECK -m socket --transparent -j RETURN\nCOMMIT\n",
         )
-    if await run_ip("link", "show", "type", "bridge"):
+    if any(interface.kind == "bridge" for interface in await rtnetlink.read(rtnetlink.interfaces)):
         obstacles += await _refused(
             "backends cannot answer clients on the same bridge; nft and a kernel with bridge rules are needed",
             ("nft", "--check", "-f", "-"),
