@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import json
 import os
 import random
+import signal
 import ssl
 import stat
 import subprocess
@@ -306,16 +308,39 @@ async def test_a_token_file_that_changes_is_read_again_after_a_refusal(server: A
         await told.until(lambda: not told.source.problems)
 
 
+def hanging_plugin(folder: Path, last: str, pids: Path) -> dict[str, Any]:
+    """Return a user whose plugin writes its process id and that of its child to *pids*, then does *last*."""
+    plugin = folder / "plugin"
+    plugin.write_text(f"#!/bin/sh\nsleep 300 &\necho $$ $! >{pids}.new\nmv {pids}.new {pids}\n{last}\n")
+    plugin.chmod(stat.S_IRWXU)
+    return {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": str(plugin)}}
+
+
+def pipes() -> set[str]:
+    """Return the pipes and sockets that this process holds."""
+    held = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            held.add(str(link.readlink()))
+    return {name for name in held if name.startswith(("pipe:", "socket:"))}
+
+
+async def ended(pids: Path) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while any(map(is_running, pids.read_text().split())):
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("end", ["time-out", "stop"])
+@pytest.mark.parametrize("last", ["wait", "exit 0"])
 async def test_a_plugin_that_hangs_is_ended_with_its_children(
-    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    end: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(login, "_LOGIN_S", 2.0 if end == "time-out" else 60.0)
+    monkeypatch.setattr(login, "_has_terminal", lambda: False)
     pids = tmp_path / "pids"
-    plugin = tmp_path / "plugin"
-    plugin.write_text(f"#!/bin/sh\nsleep 300 &\necho $$ $! >{pids}.new\nmv {pids}.new {pids}\nwait\n")
-    plugin.chmod(stat.S_IRWXU)
-    user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": str(plugin)}}
+    user = hanging_plugin(tmp_path, last, pids)
+    before = pipes()
     opening = asyncio.create_task(ApiTransport(kubeconfig(tmp_path, "http://127.0.0.1:1", user)).open())
     async with asyncio.timeout(PATIENCE_S):
         while not pids.exists():
@@ -324,9 +349,51 @@ async def test_a_plugin_that_hangs_is_ended_with_its_children(
         opening.cancel()
     with pytest.raises(StartError if end == "time-out" else asyncio.CancelledError):
         await opening
+    await ended(pids)
     async with asyncio.timeout(PATIENCE_S):
-        while any(map(is_running, pids.read_text().split())):
+        while pipes() - before:
             await asyncio.sleep(0.01)
+
+
+async def test_at_a_terminal_a_plugin_may_ask_there_and_ctrl_c_ends_it(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    user = hanging_plugin(tmp_path, "exec 3</dev/tty || kill $!\nwait", pids)
+    config = kubeconfig(tmp_path, "http://127.0.0.1:1", user)
+    ours, theirs = os.openpty()
+    command = ["setsid", "--ctty", sys.executable, "-m", "userspace_proxy", "names", "--kubeconfig", str(config)]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not pids.exists():
+                    await asyncio.sleep(0.01)
+            os.write(ours, b"\x03")
+            assert process.wait(PATIENCE_S) != 0
+            await ended(pids)
+        finally:
+            process.kill()
+            os.close(ours)
+
+
+async def test_a_stop_during_a_login_goes_on_if_the_plugin_is_another_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(pid: int, _: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(login, "_has_terminal", lambda: False)
+    monkeypatch.setattr(os, "killpg", refuse)
+    pids = tmp_path / "pids"
+    user = hanging_plugin(tmp_path, "kill $!; exec sleep 300", pids)
+    opening = asyncio.create_task(ApiTransport(kubeconfig(tmp_path, "http://127.0.0.1:1", user)).open())
+    async with asyncio.timeout(PATIENCE_S):
+        while not pids.exists():
+            await asyncio.sleep(0.01)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    await ended(pids)
 
 
 async def test_an_exec_plugin_gives_credentials_and_is_asked_again_after_a_refusal(

@@ -318,6 +318,25 @@ async def test_a_silent_watch_is_detected(server: ApiServer) -> None:
         assert stats.failing_since is None
 
 
+async def test_a_silence_is_over_where_a_balancer_cuts_each_watch_before_its_first_bookmark(server: ApiServer) -> None:
+    async with following(server) as follower:
+        stats = follower.reflector.stats
+        server.bookmark_s = 60.0
+        server.cut()
+        await follower.until(lambda: "nothing was heard" in stats.why)
+
+        async def cut_quiet_watches() -> None:
+            while True:
+                await asyncio.sleep(2 * QUICK.good_s)
+                server.cut()
+
+        cutting = asyncio.create_task(cut_quiet_watches())
+        try:
+            await follower.until(lambda: stats.failing_since is None)
+        finally:
+            cutting.cancel()
+
+
 async def test_a_server_that_never_answers_is_detected(server: ApiServer) -> None:
     server.is_frozen = True
     async with following(server, listed=False) as follower:

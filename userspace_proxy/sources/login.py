@@ -221,19 +221,46 @@ class ApiTransport:
             # only remove them at a regular exit.
             _cleanup_temp_files()
             for plugin in plugins:
-                if plugin.returncode is None:  # the login was given up
-                    with contextlib.suppress(ProcessLookupError, TimeoutError):
-                        os.killpg(plugin.pid, signal.SIGKILL)
-                        async with asyncio.timeout(_PLUGIN_END_S):
-                            await plugin.communicate()  # closes the pipes
+                await _end(plugin)
 
 
 async def _start_plugin(*command: str, **details: Any) -> asyncio.subprocess.Process:
-    starting = asyncio.create_task(asyncio.create_subprocess_exec(*command, start_new_session=True, **details))
+    apart = not _has_terminal()
+    starting = asyncio.create_task(asyncio.create_subprocess_exec(*command, start_new_session=apart, **details))
     try:
         return await asyncio.shield(starting)
     finally:  # also if the login is given up just now
-        _plugins.get().append(await starting)
+        with contextlib.suppress(Exception):
+            _plugins.get().append(await starting)
+
+
+def _has_terminal() -> bool:
+    """Return whether this process has a terminal. A plugin then shares it: it may ask there, and Ctrl-C ends it."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+async def _end(plugin: asyncio.subprocess.Process) -> None:
+    """End *plugin* and its children if its output was not read to its end: the login was given up.
+
+    It may have exited, and a child has its pipes. Where it shares this process's terminal, its children stay.
+    """
+    pipes = (plugin.stdout, plugin.stderr)
+    if plugin.returncode is not None and all(pipe is None or pipe.at_eof() for pipe in pipes):
+        return
+    with contextlib.suppress(OSError):  # it is gone, or another user's (sudo)
+        if _has_terminal():
+            plugin.kill()
+        else:
+            os.killpg(plugin.pid, signal.SIGKILL)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_PLUGIN_END_S):
+            await plugin.communicate()
+    # The pipes of a process that cannot be ended are closed, too; there is no public way.
+    plugin._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 # The credential plugins of the login under way; the library leaves one that hangs running.

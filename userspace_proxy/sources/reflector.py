@@ -182,6 +182,7 @@ class Reflector(Generic[T]):
                     # A balancer before the server ends a watch without events like this. It is a failure if the next
                     # watch fails, too, or if the initial list was not complete.
                     log.debug("%s: %s", self.stats.kind, failure)
+                    self._is_silent = False  # the server has accepted this watch since the silence
                 else:
                     self._note(failure, is_delayed=delay_s > 0)
                 await self._sleep(delay_s)
