@@ -16,6 +16,7 @@ HEADER_BYTES = 16
 RECEIVED_BYTES = 1 << 17
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
+_CODE = struct.Struct("=i")
 _ANSWER = struct.Struct("=i8xI")  # the error, then the header of the request with its number
 _SENT_AT_ONCE = 128
 
@@ -71,11 +72,10 @@ def dump(sock: socket.socket, request: bytes) -> Iterator[tuple[int, bytes]]:
     sock.send(request)
     while True:
         for kind, body in messages(sock.recv(RECEIVED_BYTES)):
-            if kind == DONE:
+            if kind in (DONE, ERROR):  # each begins with a code: a list that has begun can still fail
+                if code := -_CODE.unpack_from(body)[0]:
+                    raise OSError(code, os.strerror(code))
                 return
-            if kind == ERROR:
-                code, _ = answer(body)
-                raise OSError(code, os.strerror(code))
             yield kind, body
 
 

@@ -2,7 +2,12 @@
 
 import ipaddress
 import json
+import socket
+import sys
 
+import pytest
+
+from userspace_proxy import netlink
 from userspace_proxy.host import rtnetlink
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import Family
@@ -100,3 +105,11 @@ def test_interfaces_addresses_routes_and_rules_are_those_that_ip_prints() -> Non
         "10.0.0.0/8",
         "fd00:96::/112",
     ]
+
+
+def test_a_list_that_the_kernel_refuses_is_not_an_empty_one() -> None:
+    one_table = bytes((socket.AF_INET,)) + bytes(11) + netlink.attribute(15, (12_345).to_bytes(4, sys.byteorder))
+    with netlink.open_socket(netlink.ROUTE, 5.0) as sock:
+        sock.setsockopt(270, 12, 1)
+        with pytest.raises(OSError, match="No such file or directory"):
+            list(netlink.dump(sock, netlink.message(26, netlink.REQUEST | netlink.DUMP, one_table)))
