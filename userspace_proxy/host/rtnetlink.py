@@ -5,6 +5,7 @@ The layouts are those of linux/rtnetlink.h, if_link.h, if_addr.h and fib_rules.h
 """
 
 import contextlib
+import functools
 import ipaddress
 import socket
 import struct
@@ -119,21 +120,28 @@ def interfaces() -> list[Interface]:
 
 def routes(family: Family, *, table: int | None = None, protocol: int = 0, default_only: bool = False) -> list[Route]:
     """Return the routes of *family*, of one *table* or *protocol* or the default ones only if asked. Raises OSError."""
-    names: dict[int, str] = {}
+    name = functools.cache(_name)
     found = []
+    for length, kind, packed in _route_messages(family, protocol):
+        if length and default_only:
+            continue
+        its = dict(netlink.attributes(packed))
+        if table in (None, _number(its, _TABLE)):
+            destination, source = _network(family, its.get(_DESTINATION), length), its.get(_SOURCE)
+            device, metric = name(_number(its, _DEVICE)), _number(its, _METRIC)
+            found.append(
+                Route(destination, kind, _number(its, _TABLE), device, metric, _text(source) if source else "")
+            )
+    return found
+
+
+def _route_messages(family: Family, protocol: int) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the length of the destination, the type and the attributes of each route."""
     for body in _dump(_GET_ROUTE, _ROUTE.pack(_FAMILIES[family], 0, 0, protocol, 0)):
         its_family, length, _, its_protocol, kind = _ROUTE.unpack_from(body)
-        if its_family != _FAMILIES[family] or (protocol and its_protocol != protocol) or (length and default_only):
-            continue
-        its = dict(netlink.attributes(body[_ROUTE.size :]))
-        its_table = _number(its, _TABLE)
-        if table is None or its_table == table:
-            index, source = _number(its, _DEVICE), its.get(_SOURCE)
-            device = names[index] if index in names else names.setdefault(index, _name(index))
-            destination = _network(family, its.get(_DESTINATION), length)
-            metric = _number(its, _METRIC)
-            found.append(Route(destination, kind, its_table, device, metric, _text(source) if source else ""))
-    return found
+        # Without IPv6, the kernel lists the routes of IPv4.
+        if its_family == _FAMILIES[family] and protocol in (0, its_protocol):
+            yield length, kind, body[_ROUTE.size :]
 
 
 def routing_rules(family: Family) -> list[RoutingRule]:

@@ -7,11 +7,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.lab.cluster import GRACE_S, Cluster, SimulatedPod
-from userspace_proxy.lab.workloads import WORKLOADS
+from userspace_proxy.lab.workloads import WORKLOADS, Workload
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.modes import MODES
 
@@ -25,6 +25,9 @@ _HARM = {
 _WITH_VALUE = ("-n", "--namespace", "-f", "--filename", "-l", "--selector", "-o", "--output", "-c", "--replicas")
 NO_MODE = "none"  # the proxy does not run
 _KINDS = {kind.lower(): kind for kind in (*WORKLOADS, "Pod", "Service", "Endpoints", "EndpointSlice")}
+
+
+_Named = TypeVar("_Named", SimulatedPod, Workload)
 
 
 class WordError(Exception):
@@ -58,6 +61,10 @@ class Request(NamedTuple):
     def means(self, name: str, given: str) -> bool:
         """Return whether *given* means the object *name*; to `describe`, the beginning of a name is enough."""
         return name.startswith(given) if "--describe" in self.options else name == given
+
+    def nearest(self, found: list[_Named]) -> list[_Named]:
+        """Return those of *found* that have a requested name itself, or all of them if there is none."""
+        return [each for each in found if each.key.name in self.names] or found
 
     def key(self, at: int = 0) -> NamespacedName:
         if len(self.names) <= at:
@@ -214,7 +221,7 @@ class Words:
         everywhere = bool(request.options.keys() & {"-A", "--all-namespaces"})
         if kind == "Pod":
             pods = [pod for pod in self._cluster.pods.values() if everywhere or pod.key.namespace == request.namespace]
-            pods = [pod for pod in pods if request.selects(pod)]
+            pods = request.nearest([pod for pod in pods if request.selects(pod)])
             if pods and request.option("-o", "--output") in ("json", "yaml"):
                 return "\n---\n".join(pod.manifest() for pod in pods if pod.plain is not None)
             rows = [("NAME", "READY", "STATUS", "AGE", "IP"), *(_row(pod) for pod in pods)]
@@ -227,6 +234,7 @@ class Words:
                 and (everywhere or one.key.namespace == request.namespace)
                 and (not request.names or any(map(partial(request.means, one.key.name), request.names)))
             ]
+            found = request.nearest(found)
             rows = [("NAME", "READY"), *((one.key.name, f"{self._ready_of(one.key)}/{one.replicas}") for one in found)]
         if len(rows) == 1 and request.names and "--describe" in request.options:
             raise WordError(f"there is no {kind} {request.key()}")
