@@ -1,16 +1,23 @@
 """What the kernel tells by netlink is what ``ip`` prints."""
 
+import asyncio
 import ipaddress
 import json
 import socket
+import subprocess
 import sys
 
 import pytest
 
 from userspace_proxy import netlink
-from userspace_proxy.host import rtnetlink
+from userspace_proxy.errors import SyncError
+from userspace_proxy.host import network, rtnetlink
+from userspace_proxy.host.tool import run_tool
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import Family
+from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.service import Portal
+from userspace_proxy.netfilter.conntrack import open_connections
 
 
 def printed(host: Host, *arguments: str) -> list[dict[str, object]]:
@@ -19,6 +26,7 @@ def printed(host: Host, *arguments: str) -> list[dict[str, object]]:
 
 def furnish(host: Host) -> None:
     """Give *host* each kind of interface, address, route and rule that the proxy looks at."""
+    host.set_knob("ipv6/conf/default/accept_dad", 0)  # no address changes by itself
     for command in (
         "link add bridge0 type bridge",
         "link add left group 10777 type veth peer name right",
@@ -105,6 +113,50 @@ def test_interfaces_addresses_routes_and_rules_are_those_that_ip_prints() -> Non
         "10.0.0.0/8",
         "fd00:96::/112",
     ]
+
+
+async def test_a_name_of_any_bytes_is_read() -> None:
+    with Lab() as lab:
+        host = lab.add("foreign")
+        with host.inside():
+            for command in (
+                [b"ip", b"link", b"add", b"caf\xe9", b"up", b"type", b"bridge"],
+                [b"ip", b"address", b"add", b"192.0.2.7/24", b"dev", b"caf\xe9"],
+                [b"ip", b"address", b"add", b"198.51.100.7/32", b"dev", b"lo"],
+                [b"ip", b"route", b"add", b"default", b"via", b"192.0.2.1"],
+            ):
+                subprocess.run(command, check=True, timeout=10)
+            assert await network.host_addresses() == ("192.0.2.7", "198.51.100.7")
+
+
+async def test_a_host_that_is_out_of_threads_has_a_problem_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(rtnetlink, "in_thread", refuse)
+    monkeypatch.setattr(asyncio, "to_thread", refuse)
+
+    with pytest.raises(SyncError, match="can't start new thread"):
+        await network.look_at_addresses()
+    assert await network.host_addresses() == ()
+    assert await open_connections([Portal("10.96.0.1", 80, L4Protocol.TCP)]) == 0
+
+
+async def test_of_routes_that_cannot_be_removed_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail_at_main(tool: str, *arguments: str, stdin: str = "") -> str:
+        if str(rtnetlink.TABLE_MAIN) in arguments:
+            raise SyncError("Failed to send flush request")
+        return await run_tool(tool, *arguments, stdin=stdin)
+
+    with Lab() as lab:
+        host = lab.add("crashed")
+        host.ip("link", "set", "lo", "up")
+        host.ip("route", "add", "10.96.0.0/16", "dev", "lo", "proto", "107")
+        with host.inside():
+            await network.add_own_address("10.96.0.10")
+            monkeypatch.setattr(network, "run_tool", fail_at_main)
+            await network.remove_routes()
+            assert [route.table for route in await network.own_routes(4)] == [rtnetlink.TABLE_MAIN]
 
 
 def test_a_list_that_the_kernel_refuses_is_not_an_empty_one() -> None:

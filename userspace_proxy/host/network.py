@@ -112,10 +112,14 @@ async def remove_routes() -> None:
     for family in FAMILIES:
         try:
             held = {route.table for route in await own_routes(family)}
-            for table in held & {rtnetlink.TABLE_MAIN, rtnetlink.TABLE_LOCAL}:
-                await run_tool("ip", f"-{family}", "route", "flush", "table", str(table), "proto", ROUTE_PROTOCOL)
         except SyncError as error:
             log.debug("no routes were removed: %s", error)
+            continue
+        for table in held & {rtnetlink.TABLE_MAIN, rtnetlink.TABLE_LOCAL}:
+            try:
+                await run_tool("ip", f"-{family}", "route", "flush", "table", str(table), "proto", ROUTE_PROTOCOL)
+            except SyncError as error:
+                log.debug("routes were not removed: %s", error)
 
 
 async def add_own_address(ip: str) -> None:
@@ -182,7 +186,7 @@ async def host_addresses() -> tuple[str, ...]:
         for family in FAMILIES:
             query = partial(rtnetlink.routes, family, table=rtnetlink.TABLE_MAIN, default_only=True)
             for route in sorted(await rtnetlink.read(query), key=lambda route: route.metric)[:1]:
-                on_it = [a for link, a in listed if link.name == route.device and family_of(a.ip) == family]
+                on_it = [a for link, a in listed if link.name == (route.device or "lo") and family_of(a.ip) == family]
                 lasting_first = sorted(on_it, key=lambda each: _is_ending(each, family))
                 preferred = (route.source, *(address.ip for address in lasting_first))
                 first += (ip for ip in preferred if ip in addresses)

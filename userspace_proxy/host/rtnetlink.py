@@ -7,6 +7,7 @@ The layouts are those of linux/rtnetlink.h, if_link.h, if_addr.h and fib_rules.h
 import contextlib
 import functools
 import ipaddress
+import os
 import socket
 import struct
 import sys
@@ -92,17 +93,19 @@ async def read(query: Callable[[], _Result]) -> _Result:
     """
     try:
         return await in_thread(query)
-    except OSError as error:
-        raise SyncError(f"the kernel does not list routes or addresses: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: out of threads
+        why = getattr(error, "strerror", None) or error
+        raise SyncError(f"the kernel does not list routes or addresses: {why}") from error
 
 
 def interfaces() -> list[Interface]:
     """Return the interfaces of this host. Raises OSError."""
     addresses: dict[int, list[HostAddress]] = {}
     for body in _dump(_GET_ADDRESS, _ADDRESS.pack(0, 0, 0, 0, 0)):
-        _, prefix_length, flags, scope, index = _ADDRESS.unpack_from(body)
+        family, prefix_length, flags, scope, index = _ADDRESS.unpack_from(body)
         found = dict(netlink.attributes(body[_ADDRESS.size :]))
-        if (ip := found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS))) is not None:
+        ip = found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS))
+        if ip is not None and family in _FAMILIES.values():  # there are others, such as MCTP
             flags = int.from_bytes(found[_IFA_FLAGS], sys.byteorder) if _IFA_FLAGS in found else flags
             addresses.setdefault(index, []).append(HostAddress(_text(ip), prefix_length, scope, flags))
     listed = []
@@ -111,7 +114,8 @@ def interfaces() -> list[Interface]:
         _, _, index, flags, _ = _LINK.unpack_from(body)
         found = dict(netlink.attributes(body[_LINK.size :]))
         info = dict(netlink.attributes(found.get(_LINK_INFO, b"")))
-        name, kind = (value.rstrip(b"\0").decode() for value in (found[_NAME], info.get(_INFO_KIND, b"")))
+        # A name may be any bytes; `socket.if_indextoname` decodes it in the same way.
+        name, kind = (os.fsdecode(value.rstrip(b"\0")) for value in (found[_NAME], info.get(_INFO_KIND, b"")))
         listed.append(
             Interface(name, flags, _number(found, _GROUP), kind, _MASTER in found, tuple(addresses.get(index, ())))
         )

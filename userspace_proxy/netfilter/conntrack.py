@@ -82,7 +82,7 @@ async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Famil
             if flows := await asyncio.to_thread(stale_flows, listed, changed):
                 forgotten[family] = await asyncio.to_thread(delete_flows, L4Protocol.UDP, flows)
                 log.debug("forgot %d UDP flows of %d that went the old way", forgotten[family], len(flows))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: out of threads
         log.warning("stale UDP flows were not forgotten, their clients wait for conntrack's time-out: %s", error)
     return forgotten
 
@@ -98,7 +98,7 @@ async def forget_early_connections(portals: Collection[Portal]) -> None:
             if flows := await asyncio.to_thread(untranslated, listed, portals):
                 deleted = await asyncio.to_thread(delete_flows, L4Protocol.TCP, flows)
                 log.debug("forgot %d connections that began before their portal was served", deleted)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: out of threads
         log.warning("clients that dialled before a portal was served may wait two minutes: %s", error)
 
 
@@ -110,6 +110,6 @@ async def open_connections(portals: Iterable[Portal]) -> int:
         for family in sorted({portal.family for portal in led_anywhere}):
             listed = entries(L4Protocol.TCP, family, TcpState.ESTABLISHED)
             found += len(await asyncio.to_thread(stale_flows, listed, led_anywhere))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: out of threads
         log.debug("open connections cannot be counted: %s", error)
     return found
