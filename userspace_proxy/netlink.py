@@ -14,6 +14,7 @@ ERROR, DONE = 2, 3
 NESTED = 0x8000
 HEADER_BYTES = 16
 RECEIVED_BYTES = 1 << 17
+ADDRESS_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}  # by IP version
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _CODE = struct.Struct("=i")
@@ -48,6 +49,11 @@ def attributes(packed: bytes) -> Iterator[tuple[int, bytes]]:
         length, kind = _ATTRIBUTE.unpack_from(packed, at)
         yield kind & ~NESTED, packed[at + _ATTRIBUTE.size : at + length]
         at += max(_ATTRIBUTE.size, length + -length % 4)
+
+
+def ip_text(packed: bytes) -> str:
+    """Return an IPv4 or IPv6 address of 4 or 16 bytes as text."""
+    return socket.inet_ntop(ADDRESS_FAMILIES[4 if len(packed) == 4 else 6], packed)
 
 
 def open_socket(protocol: int, timeout_s: float) -> socket.socket:

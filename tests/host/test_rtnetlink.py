@@ -115,6 +115,20 @@ def test_interfaces_addresses_routes_and_rules_are_those_that_ip_prints() -> Non
     ]
 
 
+def test_routes_of_one_table_are_listed_and_a_table_that_does_not_exist_has_none() -> None:
+    with Lab() as lab:
+        host = lab.add("tables")
+        with host.inside():
+            assert rtnetlink.routes(4, table=rtnetlink.TABLE_MAIN) == []
+            host.ip("link", "set", "lo", "up")
+            host.ip("route", "add", "10.96.0.0/16", "dev", "lo")
+            host.ip("route", "add", "10.97.0.0/16", "dev", "lo", "table", "200")
+            found = rtnetlink.routes(4, table=rtnetlink.TABLE_MAIN)
+            others = rtnetlink.routes(4, table=200)
+
+    assert [str(route.destination) for route in (*found, *others)] == ["10.96.0.0/16", "10.97.0.0/16"]
+
+
 async def test_a_name_of_any_bytes_is_read() -> None:
     with Lab() as lab:
         host = lab.add("foreign")
@@ -130,11 +144,10 @@ async def test_a_name_of_any_bytes_is_read() -> None:
 
 
 async def test_a_host_that_is_out_of_threads_has_a_problem_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def refuse(*_: object) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(rtnetlink, "in_thread", refuse)
-    monkeypatch.setattr(asyncio, "to_thread", refuse)
+    monkeypatch.setattr(asyncio.get_running_loop(), "run_in_executor", refuse)
 
     with pytest.raises(SyncError, match="can't start new thread"):
         await network.look_at_addresses()

@@ -19,7 +19,8 @@ from userspace_proxy.netfilter.conntrack import (
     forget_udp_flows,
     stale_flows,
 )
-from userspace_proxy.netfilter.nfnetlink import Entry, TcpState, delete_flows, entries, unpacked
+from userspace_proxy.netfilter.nfnetlink import Entry, TcpState, delete_flows, entries
+from userspace_proxy.netlink import ip_text
 
 DNS = Portal("10.96.0.10", 53, L4Protocol.UDP)
 DNS6 = Portal("fd00:96::10", 53, L4Protocol.UDP)
@@ -195,7 +196,7 @@ def listed(
     protocol: L4Protocol, family: Family, state: TcpState | None = None
 ) -> set[tuple[str, int, str, int, str, int]]:
     return {
-        (unpacked(e.source), e.source_port, unpacked(e.asked), e.asked_port, unpacked(e.answering), e.answering_port)
+        (ip_text(e.source), e.source_port, ip_text(e.asked), e.asked_port, ip_text(e.answering), e.answering_port)
         for e in entries(protocol, family, state)
     }
 

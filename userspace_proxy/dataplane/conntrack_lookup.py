@@ -15,8 +15,8 @@ from userspace_proxy import netlink
 from userspace_proxy.dataplane.sockets import plain_ip
 from userspace_proxy.model.endpoint import FAMILIES, Address
 from userspace_proxy.model.names import L4Protocol
-from userspace_proxy.netfilter.nfnetlink import entries, unpacked
-from userspace_proxy.netlink import NESTED, attribute, attributes
+from userspace_proxy.netfilter.nfnetlink import entries
+from userspace_proxy.netlink import NESTED, attribute, attributes, ip_text
 
 # linux/rtnetlink.h, nfnetlink.h, nfnetlink_conntrack.h
 _RTM_GETROUTE, _RTA_DST, _RTN_LOCAL = 26, 1, 2
@@ -76,10 +76,10 @@ class KernelTables:
         flows: dict[tuple[str, Address], set[int]] = {}
         own: dict[str, bool] = {}
         for (source, to, to_port), ports in found.items():
-            ip = unpacked(source)
+            ip = ip_text(source)
             if ip not in own:
                 own[ip] = self.is_local(ip)
-            flows.setdefault(("" if own[ip] else ip, (unpacked(to), to_port)), set()).update(ports)
+            flows.setdefault(("" if own[ip] else ip, (ip_text(to), to_port)), set()).update(ports)
         return flows
 
     def _ask(self, protocol: int, kind: int, question: bytes) -> bytes | None:

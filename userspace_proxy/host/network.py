@@ -108,7 +108,7 @@ async def remove_routes_to(networks: Iterable[Network]) -> None:
 
 
 async def remove_routes() -> None:
-    """Remove every route of this proxy, and with them the addresses of `add_own_address`; but not other tables'."""
+    """Remove this proxy's routes from the tables main and local, and with them the addresses of `add_own_address`."""
     for family in FAMILIES:
         try:
             held = {route.table for route in await own_routes(family)}

@@ -18,6 +18,7 @@ from userspace_proxy import netlink
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import in_thread
 from userspace_proxy.model.endpoint import Family
+from userspace_proxy.netlink import ADDRESS_FAMILIES
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -39,7 +40,6 @@ _RULE_PRIORITY, _RULE_MARK, _RULE_MASK = 6, 10, 16
 _EXT_MASK, _SKIP_STATISTICS = 29, 1 << 3
 # The kernel heeds the header of a request, such as the protocol of routes (Linux 4.20).
 _SOL_NETLINK, _GET_STRICT_CHECK = 270, 12
-_FAMILIES: dict[Family, socket.AddressFamily] = {4: socket.AF_INET, 6: socket.AF_INET6}
 _TIMEOUT_S = 5.0
 
 _Result = TypeVar("_Result")
@@ -93,9 +93,8 @@ async def read(query: Callable[[], _Result]) -> _Result:
     """
     try:
         return await in_thread(query)
-    except (OSError, RuntimeError) as error:  # RuntimeError: out of threads
-        why = getattr(error, "strerror", None) or error
-        raise SyncError(f"the kernel does not list routes or addresses: {why}") from error
+    except OSError as error:
+        raise SyncError(f"the kernel does not list routes or addresses: {error.strerror or error}") from error
 
 
 def interfaces() -> list[Interface]:
@@ -105,9 +104,9 @@ def interfaces() -> list[Interface]:
         family, prefix_length, flags, scope, index = _ADDRESS.unpack_from(body)
         found = dict(netlink.attributes(body[_ADDRESS.size :]))
         ip = found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS))
-        if ip is not None and family in _FAMILIES.values():  # there are others, such as MCTP
+        if ip is not None and family in ADDRESS_FAMILIES.values():  # there are others, such as MCTP
             flags = int.from_bytes(found[_IFA_FLAGS], sys.byteorder) if _IFA_FLAGS in found else flags
-            addresses.setdefault(index, []).append(HostAddress(_text(ip), prefix_length, scope, flags))
+            addresses.setdefault(index, []).append(HostAddress(netlink.ip_text(ip), prefix_length, scope, flags))
     listed = []
     question = _LINK.pack(0, 0, 0, 0, 0) + netlink.attribute(_EXT_MASK, _SKIP_STATISTICS.to_bytes(4, sys.byteorder))
     for body in _dump(_GET_LINK, question):
@@ -122,38 +121,43 @@ def interfaces() -> list[Interface]:
     return listed
 
 
-def routes(family: Family, *, table: int | None = None, protocol: int = 0, default_only: bool = False) -> list[Route]:
-    """Return the routes of *family*, of one *table* or *protocol* or the default ones only if asked. Raises OSError."""
+def routes(family: Family, *, table: int = 0, protocol: int = 0, default_only: bool = False) -> list[Route]:
+    """Return the routes of *family*. *table*, *protocol*: only theirs, unless 0. *default_only*: only default routes.
+
+    Raises:
+        OSError: the kernel refused the request.
+    """
     name = functools.cache(_name)
     found = []
-    for length, kind, packed in _route_messages(family, protocol):
+    for length, kind, packed in _route_messages(family, table, protocol):
         if length and default_only:
             continue
         its = dict(netlink.attributes(packed))
-        if table in (None, _number(its, _TABLE)):
-            destination, source = _network(family, its.get(_DESTINATION), length), its.get(_SOURCE)
-            device, metric = name(_number(its, _DEVICE)), _number(its, _METRIC)
-            found.append(
-                Route(destination, kind, _number(its, _TABLE), device, metric, _text(source) if source else "")
-            )
+        destination, source = _network(family, its.get(_DESTINATION), length), its.get(_SOURCE)
+        device, metric = name(_number(its, _DEVICE)), _number(its, _METRIC)
+        text = netlink.ip_text(source) if source else ""
+        found.append(Route(destination, kind, _number(its, _TABLE), device, metric, text))
     return found
 
 
-def _route_messages(family: Family, protocol: int) -> Iterator[tuple[int, int, bytes]]:
+def _route_messages(family: Family, table: int, protocol: int) -> Iterator[tuple[int, int, bytes]]:
     """Yield the length of the destination, the type and the attributes of each route."""
-    for body in _dump(_GET_ROUTE, _ROUTE.pack(_FAMILIES[family], 0, 0, protocol, 0)):
-        its_family, length, _, its_protocol, kind = _ROUTE.unpack_from(body)
-        # Without IPv6, the kernel lists the routes of IPv4.
-        if its_family == _FAMILIES[family] and protocol in (0, its_protocol):
-            yield length, kind, body[_ROUTE.size :]
+    wanted = ADDRESS_FAMILIES[family]
+    try:
+        for body in _dump(_GET_ROUTE, _ROUTE.pack(wanted, 0, table, protocol, 0)):
+            its_family, length, _, _, kind = _ROUTE.unpack_from(body)
+            if its_family == wanted:  # a kernel without IPv6 lists the routes of IPv4
+                yield length, kind, body[_ROUTE.size :]
+    except FileNotFoundError:
+        return  # a table exists from its first route on
 
 
 def routing_rules(family: Family) -> list[RoutingRule]:
     """Return the routing rules of *family*. Raises OSError."""
     found = []
-    for body in _dump(_GET_RULE, _ROUTE.pack(_FAMILIES[family], 0, 0, 0, 0)):
+    for body in _dump(_GET_RULE, _ROUTE.pack(ADDRESS_FAMILIES[family], 0, 0, 0, 0)):
         its_family, length, *_ = _ROUTE.unpack_from(body)
-        if its_family == _FAMILIES[family]:
+        if its_family == ADDRESS_FAMILIES[family]:
             its = dict(netlink.attributes(body[_ROUTE.size :]))
             destination = _network(family, its[_DESTINATION], length) if _DESTINATION in its else None
             mark = _number(its, _RULE_MARK), _number(its, _RULE_MASK)
@@ -170,10 +174,6 @@ def _dump(kind: int, question: bytes) -> Iterator[bytes]:
 
 def _number(found: dict[int, bytes], kind: int) -> int:
     return int.from_bytes(found.get(kind, b""), sys.byteorder)
-
-
-def _text(packed: bytes) -> str:
-    return socket.inet_ntop(_FAMILIES[4 if len(packed) == 4 else 6], packed)
 
 
 def _network(family: Family, packed: bytes | None, length: int) -> Network:

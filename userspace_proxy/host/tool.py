@@ -1,6 +1,7 @@
 """Runs system tools (nft, iptables-restore, ip), never through a shell."""
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -53,7 +54,7 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     try:
         # In a thread: uvloop's own subprocesses raise when a tool ends before it has read its input.
         done = await in_thread(_run, [path, *arguments], stdin.encode())
-    except (OSError, RuntimeError) as error:  # out of descriptors, memory or threads
+    except OSError as error:  # out of descriptors, memory or threads
         raise NotRunError(f"{tool} could not be started: {error}") from error
     except subprocess.TimeoutExpired:
         raise NotRunError(f"{tool} has not answered for {_TIMEOUT_S:.0f} s") from None
@@ -75,8 +76,14 @@ async def in_thread(call: Callable[..., _Result], *arguments: object) -> _Result
     """Run *call* in a thread and return its result; cancellation waits until it ends.
 
     A load under way cannot be undone.
+
+    Raises:
+        OSError: no thread can be started.
     """
-    running = asyncio.get_running_loop().run_in_executor(None, call, *arguments)
+    try:
+        running = asyncio.get_running_loop().run_in_executor(None, call, *arguments)
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from error
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:

@@ -9,16 +9,17 @@ The kernel decides about NAT once, at the first packet of a flow:
    So when a portal appears, the unanswered and untranslated connections to it are deleted.
 """
 
-import asyncio
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import NamedTuple
 
+from userspace_proxy.host.tool import in_thread
 from userspace_proxy.model.endpoint import Address, Family, family_of
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
-from userspace_proxy.netfilter.nfnetlink import Entry, TcpState, delete_flows, entries, unpacked
+from userspace_proxy.netfilter.nfnetlink import Entry, TcpState, delete_flows, entries
+from userspace_proxy.netlink import ip_text
 
 # The addresses that replies of a portal come from; (ANY_IP, port) matches that port of any address.
 Answering = Set[Address]
@@ -66,8 +67,8 @@ def _flows(entries: Iterable[Entry], portals: Iterable[Portal]) -> Iterator[tupl
     ports = {portal.port for portal in portals}
     for entry in entries:
         if entry.asked_port in ports:
-            flow = Flow((unpacked(entry.source), entry.source_port), (unpacked(entry.asked), entry.asked_port))
-            yield flow, (unpacked(entry.answering), entry.answering_port)
+            flow = Flow((ip_text(entry.source), entry.source_port), (ip_text(entry.asked), entry.asked_port))
+            yield flow, (ip_text(entry.answering), entry.answering_port)
 
 
 async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Family]:
@@ -79,10 +80,10 @@ async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Famil
     try:
         for family in sorted({portal.family for portal in changed}):
             listed = entries(L4Protocol.UDP, family)  # read by the thread, as it may be long
-            if flows := await asyncio.to_thread(stale_flows, listed, changed):
-                forgotten[family] = await asyncio.to_thread(delete_flows, L4Protocol.UDP, flows)
+            if flows := await in_thread(stale_flows, listed, changed):
+                forgotten[family] = await in_thread(delete_flows, L4Protocol.UDP, flows)
                 log.debug("forgot %d UDP flows of %d that went the old way", forgotten[family], len(flows))
-    except (OSError, RuntimeError) as error:  # RuntimeError: out of threads
+    except OSError as error:
         log.warning("stale UDP flows were not forgotten, their clients wait for conntrack's time-out: %s", error)
     return forgotten
 
@@ -95,10 +96,10 @@ async def forget_early_connections(portals: Collection[Portal]) -> None:
     try:
         for family in sorted({portal.family for portal in portals}):
             listed = entries(L4Protocol.TCP, family, TcpState.SYN_SENT)
-            if flows := await asyncio.to_thread(untranslated, listed, portals):
-                deleted = await asyncio.to_thread(delete_flows, L4Protocol.TCP, flows)
+            if flows := await in_thread(untranslated, listed, portals):
+                deleted = await in_thread(delete_flows, L4Protocol.TCP, flows)
                 log.debug("forgot %d connections that began before their portal was served", deleted)
-    except (OSError, RuntimeError) as error:  # RuntimeError: out of threads
+    except OSError as error:
         log.warning("clients that dialled before a portal was served may wait two minutes: %s", error)
 
 
@@ -109,7 +110,7 @@ async def open_connections(portals: Iterable[Portal]) -> int:
     try:
         for family in sorted({portal.family for portal in led_anywhere}):
             listed = entries(L4Protocol.TCP, family, TcpState.ESTABLISHED)
-            found += len(await asyncio.to_thread(stale_flows, listed, led_anywhere))
-    except (OSError, RuntimeError) as error:  # RuntimeError: out of threads
+            found += len(await in_thread(stale_flows, listed, led_anywhere))
+    except OSError as error:
         log.debug("open connections cannot be counted: %s", error)
     return found

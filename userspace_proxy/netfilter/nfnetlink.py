@@ -1,4 +1,4 @@
-"""Netlink requests that are too slow with tools: nft reads a whole table; conntrack prints one as text."""
+"""Netlink requests for which tools are too slow: nft reads whole tables, and conntrack prints its table as text."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from userspace_proxy import netlink
 from userspace_proxy.model.endpoint import Address, Family, family_of
 from userspace_proxy.model.names import L4Protocol
-from userspace_proxy.netlink import NESTED, attribute, attributes
+from userspace_proxy.netlink import ADDRESS_FAMILIES, NESTED, attribute, attributes
 
 # linux/netfilter/nfnetlink.h, nf_tables.h
 NFTABLES = 10 << 8
@@ -27,7 +27,6 @@ _TUPLE_ORIG, _TUPLE_IP, _TUPLE_PROTO = 1, 1, 2
 _IP_SOURCE = {4: 1, 6: 3}
 _PROTOCOL, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _IP_PROTOCOLS = {L4Protocol.TCP: socket.IPPROTO_TCP, L4Protocol.UDP: socket.IPPROTO_UDP}
-_ADDRESS_FAMILIES: dict[Family, socket.AddressFamily] = {4: socket.AF_INET, 6: socket.AF_INET6}
 _STATUS, _STATUS_MASK, _SEEN_REPLY = 3, 26, (1 << 1).to_bytes(4, "big")
 _FILTER, _FILTER_ORIG, _BY_PROTOCOL = 25, 1, (1 << 3).to_bytes(4, sys.byteorder)
 _PROTOCOL_INFO, _PROTOCOL_INFO_TCP, _TCP_STATE = 4, 1, 1
@@ -48,7 +47,11 @@ class TcpState(IntEnum):
 
 
 class Entry(NamedTuple):
-    """One entry of conntrack: who sends to which address, and the address that replies come from. IPs are packed."""
+    """One entry of conntrack.
+
+    ``source``: the client. ``asked``: the address that it sends to. ``answering``: the address that replies come from.
+    IP addresses are 4 or 16 bytes.
+    """
 
     source: bytes
     source_port: int
@@ -96,7 +99,7 @@ def entries(protocol: L4Protocol, family: Family, state: TcpState | None = None)
     number = attribute(_TUPLE_PROTO | NESTED, attribute(_PROTOCOL, bytes((wanted,))))
     # The kernel lists only entries of the protocol, from Linux 5.8 on; before, it lists all.
     question = (
-        bytes((_ADDRESS_FAMILIES[family], 0, 0, 0))
+        bytes((ADDRESS_FAMILIES[family], 0, 0, 0))
         + attribute(_TUPLE_ORIG | NESTED, number)
         + attribute(_FILTER | NESTED, attribute(_FILTER_ORIG, _BY_PROTOCOL))
     )
@@ -113,11 +116,6 @@ def entries(protocol: L4Protocol, family: Family, state: TcpState | None = None)
             if number == wanted and (state is None or _tcp_state(parts) == state):
                 answering, _, _, answering_port, _ = direction.unpack_from(reply)
                 yield Entry(source, source_port, asked, asked_port, answering, answering_port)
-
-
-def unpacked(ip: bytes) -> str:
-    """Return the address *ip* as text."""
-    return socket.inet_ntop(_ADDRESS_FAMILIES[4 if len(ip) == 4 else 6], ip)
 
 
 def _tcp_state(parts: Iterable[tuple[int, bytes]]) -> int | None:
@@ -146,7 +144,7 @@ def delete_flows(protocol: L4Protocol, flows: Iterable[tuple[Address, Address]])
 
 def _flow(protocol: L4Protocol, client: Address, asked: Address) -> bytes:
     family = family_of(asked[0])
-    number = _ADDRESS_FAMILIES[family]
+    number = ADDRESS_FAMILIES[family]
     source, destination = (socket.inet_pton(number, address[0]) for address in (client, asked))
     ips = attribute(_IP_SOURCE[family], source) + attribute(_IP_SOURCE[family] + 1, destination)
     ports = (

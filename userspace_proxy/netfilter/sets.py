@@ -11,6 +11,7 @@ from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.model.names import L4Protocol, ServicePortName
 from userspace_proxy.model.service import Portal
 from userspace_proxy.netfilter.nft_text import comment
+from userspace_proxy.netlink import ip_text
 
 # Set or map name -> key -> value (b"" in a set).
 Elements = dict[str, dict[bytes, bytes]]
@@ -112,7 +113,7 @@ def fields(types: Iterable[str], packed: bytes) -> list[str]:
         at += size
         match field:
             case "ipv4_addr" | "ipv6_addr":
-                texts.append(socket.inet_ntop(socket.AF_INET if size == 4 else socket.AF_INET6, part))
+                texts.append(ip_text(part))
             case "inet_proto":
                 texts.append({number: str(protocol).lower() for protocol, number in _PROTOCOLS.items()}[part[0]])
             case "inet_service":
