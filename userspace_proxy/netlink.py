@@ -73,7 +73,7 @@ def dump(sock: socket.socket, request: bytes) -> Iterator[tuple[int, bytes]]:
     """Send *request*, a request for a list, and yield kind and body of each message of the answer.
 
     Raises:
-        OSError: the kernel refused the request.
+        OSError: the kernel refused the request, or ended the list with an error.
     """
     sock.send(request)
     while True:

@@ -16,7 +16,7 @@ import pytest
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import network, rtnetlink
 from userspace_proxy.host.network import missing_routes, unnumbered_interfaces
-from userspace_proxy.host.rtnetlink import HostAddress, Interface, Network, Route
+from userspace_proxy.host.rtnetlink import HostAddress, HostRoute, Interface, Network
 from userspace_proxy.lab import Lab, ip
 
 
@@ -120,12 +120,14 @@ async def test_the_private_addresses_come_and_go_and_both_may_be_repeated() -> N
 # ---- interfaces without an address
 
 
-def link(name: str, *ips: str, flags: int = 0, is_port: bool = False) -> Interface:
-    return Interface(name, flags, 0, "", is_port, tuple(HostAddress(ip, 24, rtnetlink.SCOPE_GLOBAL, 0) for ip in ips))
+def link(name: str, *ips: str, flags: int = 0, has_master: bool = False) -> Interface:
+    return Interface(
+        name, flags, 0, "", has_master, tuple(HostAddress(ip, 24, rtnetlink.SCOPE_GLOBAL, 0) for ip in ips)
+    )
 
 
-def route(destination: str, device: str = "", kind: int = 1) -> Route:
-    return Route(ipaddress.ip_network(destination), kind, rtnetlink.TABLE_MAIN, device, 0, "")
+def route(destination: str, device: str = "", kind: int = 1) -> HostRoute:
+    return HostRoute(ipaddress.ip_network(destination), kind, rtnetlink.TABLE_MAIN, device, 0, "")
 
 
 @pytest.mark.parametrize(
@@ -135,13 +137,13 @@ def route(destination: str, device: str = "", kind: int = 1) -> Route:
         (link("eth0", "fe80::1", "192.0.2.1"), route("0.0.0.0/0", "eth0"), []),
         (link("cali0"), route("0.0.0.0/0", "eth0"), []),
         (link("lo", flags=rtnetlink.IS_LOOPBACK), route("10.0.0.1", "lo"), []),
-        (link("veth0", is_port=True), route("10.0.0.1", "veth0"), []),
+        (link("veth0", has_master=True), route("10.0.0.1", "veth0"), []),
         (link("tun0"), route("10.0.0.1", "tun0"), ["tun0"]),
         (link("eth0"), route("10.0.0.0/8", kind=rtnetlink.BLACKHOLE), []),
     ],
 )
 def test_an_interface_with_routes_and_no_address_is_unnumbered(
-    given: Interface, to: Route, unnumbered: list[str]
+    given: Interface, to: HostRoute, unnumbered: list[str]
 ) -> None:
     assert unnumbered_interfaces([given], [to]) == unnumbered
 

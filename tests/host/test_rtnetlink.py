@@ -66,7 +66,7 @@ def test_interfaces_addresses_routes_and_rules_are_those_that_ip_prints() -> Non
         tables = {family: printed(host, "-N", f"-{family}", "route", "show", "table", "all") for family in families}
         listed_rules = {family: printed(host, "-N", f"-{family}", "rule", "show") for family in families}
 
-    assert [(link.name, link.is_port, link.kind) for link in interfaces] == [
+    assert [(link.name, link.has_master, link.kind) for link in interfaces] == [
         (link["ifname"], "master" in link, link.get("linkinfo", {}).get("info_kind", ""))  # type: ignore[attr-defined]
         for link in links
     ]
@@ -155,7 +155,7 @@ async def test_a_host_that_is_out_of_threads_has_a_problem_and_no_traceback(monk
     assert await open_connections([Portal("10.96.0.1", 80, L4Protocol.TCP)]) == 0
 
 
-async def test_of_routes_that_cannot_be_removed_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_routes_of_one_table_are_removed_if_those_of_another_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail_at_main(tool: str, *arguments: str, stdin: str = "") -> str:
         if str(rtnetlink.TABLE_MAIN) in arguments:
             raise SyncError("Failed to send flush request")

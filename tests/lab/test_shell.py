@@ -399,15 +399,19 @@ def test_describe_takes_the_beginning_of_a_name_or_says_that_there_is_none(web: 
 
 
 def test_describe_prefers_the_object_that_has_the_name_itself(tmp_path: Path) -> None:
-    for name in ("web", "web-admin"):
+    for name in ("web", "web-admin", "api-1"):
         spec = {"replicas": 1, "template": {"spec": {"containers": [{"name": "a", "image": "nginx"}]}}}
         manifest = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": spec}
         (tmp_path / f"{name}.json").write_text(json.dumps(manifest))
 
-    exact, both = lab("describe deploy web; echo ==; describe deploy we", tmp_path).stdout.split("==\n")
+    asked = ("describe deploy web", "describe deploy we", "describe deploy web api")
+    shown = lab("; echo ==; ".join(asked), tmp_path).stdout.split("==\n")
 
-    assert re.findall(r"^web\S*", exact, re.MULTILINE) == ["web"]
-    assert sorted(re.findall(r"^web\S*", both, re.MULTILINE)) == ["web", "web-admin"]
+    assert [sorted(re.findall(r"^(\S+) +\d+/\d+$", each, re.MULTILINE)) for each in shown] == [
+        ["web"],
+        ["web", "web-admin"],
+        ["api-1", "web"],
+    ]
 
 
 async def test_a_word_that_fails_by_a_fault_of_the_lab_is_answered(tmp_path: Path) -> None:

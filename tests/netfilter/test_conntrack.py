@@ -19,7 +19,7 @@ from userspace_proxy.netfilter.conntrack import (
     forget_udp_flows,
     stale_flows,
 )
-from userspace_proxy.netfilter.nfnetlink import Entry, TcpState, delete_flows, entries
+from userspace_proxy.netfilter.nfnetlink import Entry, TcpState, delete_flows, read_entries
 from userspace_proxy.netlink import ip_text
 
 DNS = Portal("10.96.0.10", 53, L4Protocol.UDP)
@@ -197,7 +197,7 @@ def listed(
 ) -> set[tuple[str, int, str, int, str, int]]:
     return {
         (ip_text(e.source), e.source_port, ip_text(e.asked), e.asked_port, ip_text(e.answering), e.answering_port)
-        for e in entries(protocol, family, state)
+        for e in read_entries(protocol, family, state)
     }
 
 

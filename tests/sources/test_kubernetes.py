@@ -308,10 +308,10 @@ async def test_a_token_file_that_changes_is_read_again_after_a_refusal(server: A
         await told.until(lambda: not told.source.problems)
 
 
-def hanging_plugin(folder: Path, last: str, pids: Path) -> dict[str, Any]:
-    """Return a user whose plugin writes its process id and that of its child to *pids*, then does *last*."""
+def hanging_plugin(folder: Path, last: str, pids: Path, child: str = "sleep 300") -> dict[str, Any]:
+    """Return a user whose plugin starts *child*, writes its own and its process id to *pids*, and does *last*."""
     plugin = folder / "plugin"
-    plugin.write_text(f"#!/bin/sh\nsleep 300 &\necho $$ $! >{pids}.new\nmv {pids}.new {pids}\n{last}\n")
+    plugin.write_text(f"#!/bin/sh\n{child} &\necho $$ $! >{pids}.new\nmv {pids}.new {pids}\n{last}\n")
     plugin.chmod(stat.S_IRWXU)
     return {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": str(plugin)}}
 
@@ -355,6 +355,32 @@ async def test_a_plugin_that_hangs_is_ended_with_its_children(
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("end", ["time-out", "stop"])
+async def test_the_output_of_a_child_that_cannot_be_ended_is_closed(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(login, "_LOGIN_S", 2.0 if end == "time-out" else 60.0)
+    monkeypatch.setattr(login, "_has_terminal", lambda: False)
+    pids = tmp_path / "pids"
+    user = hanging_plugin(tmp_path, "wait", pids, child="setsid sleep 300")  # in a process group of its own
+    before = pipes()
+    opening = asyncio.create_task(ApiTransport(kubeconfig(tmp_path, "http://127.0.0.1:1", user)).open())
+    async with asyncio.timeout(PATIENCE_S):
+        while not pids.exists():
+            await asyncio.sleep(0.01)
+    try:
+        await asyncio.sleep(0.2)  # until the child has left the group
+        if end == "stop":
+            opening.cancel()
+        with pytest.raises(StartError if end == "time-out" else asyncio.CancelledError):
+            await opening
+        async with asyncio.timeout(PATIENCE_S):
+            while pipes() - before:
+                await asyncio.sleep(0.01)
+    finally:
+        os.kill(int(pids.read_text().split()[1]), signal.SIGKILL)
+
+
 async def test_at_a_terminal_a_plugin_may_ask_there_and_ctrl_c_ends_it(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     user = hanging_plugin(tmp_path, "exec 3</dev/tty || kill $!\nwait", pids)
@@ -378,14 +404,16 @@ async def test_at_a_terminal_a_plugin_may_ask_there_and_ctrl_c_ends_it(tmp_path:
 async def test_a_stop_during_a_login_goes_on_if_the_plugin_is_another_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(pid: int, _: int) -> None:
-        os.kill(pid, signal.SIGKILL)
+    kill = os.killpg
+
+    def refuse(group: int, signum: int) -> None:
+        kill(group, signum)  # so that nothing is left
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(login, "_has_terminal", lambda: False)
     monkeypatch.setattr(os, "killpg", refuse)
     pids = tmp_path / "pids"
-    user = hanging_plugin(tmp_path, "kill $!; exec sleep 300", pids)
+    user = hanging_plugin(tmp_path, "wait", pids)
     opening = asyncio.create_task(ApiTransport(kubeconfig(tmp_path, "http://127.0.0.1:1", user)).open())
     async with asyncio.timeout(PATIENCE_S):
         while not pids.exists():

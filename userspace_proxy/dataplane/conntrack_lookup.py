@@ -15,7 +15,7 @@ from userspace_proxy import netlink
 from userspace_proxy.dataplane.sockets import plain_ip
 from userspace_proxy.model.endpoint import FAMILIES, Address
 from userspace_proxy.model.names import L4Protocol
-from userspace_proxy.netfilter.nfnetlink import entries
+from userspace_proxy.netfilter.nfnetlink import read_entries
 from userspace_proxy.netlink import NESTED, attribute, attributes, ip_text
 
 # linux/rtnetlink.h, nfnetlink.h, nfnetlink_conntrack.h
@@ -71,7 +71,7 @@ class KernelTables:
         found: defaultdict[tuple[bytes, bytes, int], set[int]] = defaultdict(set)
         with contextlib.suppress(OSError):
             for family in FAMILIES:
-                for entry in entries(L4Protocol.UDP, family):
+                for entry in read_entries(L4Protocol.UDP, family):
                     found[entry.source, entry.asked, entry.asked_port].add(entry.source_port)
         flows: dict[tuple[str, Address], set[int]] = {}
         own: dict[str, bool] = {}

@@ -18,7 +18,7 @@ from functools import partial
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import rtnetlink
 from userspace_proxy.host.network import ROUTE_PROTOCOL, leading_bits, live_routes, own_routes, run_batch
-from userspace_proxy.host.rtnetlink import Network, Route, RoutingRule
+from userspace_proxy.host.rtnetlink import HostRoute, Network, RoutingRule
 from userspace_proxy.model.endpoint import FAMILIES, Family
 
 # A forwarded packet to one of the ranges:
@@ -81,7 +81,7 @@ async def except_addresses(ips: Collection[str]) -> None:
         )
 
 
-async def _listed(version: Family) -> list[Route]:
+async def _listed(version: Family) -> list[HostRoute]:
     """Return the routes in the table of discard routes."""
     return [route for route in await own_routes(version) if route.table == int(_TABLE)]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import rtnetlink
-from userspace_proxy.host.rtnetlink import HostAddress, Interface, Network, Route
+from userspace_proxy.host.rtnetlink import HostAddress, HostRoute, Interface, Network
 from userspace_proxy.host.tool import run_tool
 from userspace_proxy.model.endpoint import FAMILIES, Family, family_of
 
@@ -53,6 +53,8 @@ def missing_routes(wanted: Iterable[Network], routes: Iterable[str | Network]) -
 async def live_routes(family: Family, *, default_only: bool = False) -> list[Network]:
     """Return the destinations of this host's routes that forward packets; the default route has length 0.
 
+    *default_only*: only default routes.
+
     Raises:
         SyncError: they cannot be listed.
     """
@@ -60,7 +62,7 @@ async def live_routes(family: Family, *, default_only: bool = False) -> list[Net
     return [route.destination for route in await rtnetlink.read(query) if route.kind not in _DEAD_ROUTES]
 
 
-async def own_routes(family: Family) -> list[Route]:
+async def own_routes(family: Family) -> list[HostRoute]:
     """Return the routes of this proxy, in whichever table. Raises SyncError."""
     return await rtnetlink.read(partial(rtnetlink.routes, family, protocol=int(ROUTE_PROTOCOL)))
 
@@ -223,14 +225,18 @@ def _of_host(listed: Iterable[tuple[Interface, HostAddress]]) -> Addresses:
     for link, address in listed:
         if link.name == SERVICES_DEVICE:
             device |= {address.ip} if address.scope != rtnetlink.SCOPE_LINK else set()
-        # An address that is tentative (IPv6) may be another host's, and no socket can be bound to it yet.
-        elif (
-            _is_global(address)
-            and address.ip not in (LOCAL_ADDRESS4, LOCAL_ADDRESS6)
-            and not address.flags & rtnetlink.IS_TENTATIVE
-        ):
+        elif _is_own(address):
             own[address.ip] = None
     return Addresses(tuple(own), frozenset(device))
+
+
+def _is_own(address: HostAddress) -> bool:
+    """Return whether *address* is global, in use, and not one that this proxy adds.
+
+    A tentative IPv6 address may be another host's, and no socket can be bound to it yet.
+    """
+    is_added = address.ip in (LOCAL_ADDRESS4, LOCAL_ADDRESS6)
+    return _is_global(address) and not is_added and not address.flags & rtnetlink.IS_TENTATIVE
 
 
 def _is_global(address: HostAddress) -> bool:
@@ -272,7 +278,7 @@ def listening_ports() -> set[tuple[str, int]]:
     return found
 
 
-def unnumbered_interfaces(links: Iterable[Interface], routes: Iterable[Route]) -> list[str]:
+def unnumbered_interfaces(links: Iterable[Interface], routes: Iterable[HostRoute]) -> list[str]:
     """Return the interfaces that carry IPv4 traffic but have no IPv4 address (as with Calico).
 
     REDIRECT sends a packet to the first address of the interface it arrived at. If there is none, it drops the packet.
@@ -284,7 +290,7 @@ def unnumbered_interfaces(links: Iterable[Interface], routes: Iterable[Route]) -
         for link in links
         if link.name in routed
         and not link.flags & rtnetlink.IS_LOOPBACK
-        and not link.is_port
+        and not link.has_master
         and not any(family_of(address.ip) == 4 for address in link.addresses)
     ]
 

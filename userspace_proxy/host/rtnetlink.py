@@ -38,7 +38,7 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _DESTINATION, _DEVICE, _METRIC, _SOURCE, _TABLE = 1, 4, 6, 7, 15
 _RULE_PRIORITY, _RULE_MARK, _RULE_MASK = 6, 10, 16
 _EXT_MASK, _SKIP_STATISTICS = 29, 1 << 3
-# The kernel heeds the header of a request, such as the protocol of routes (Linux 4.20).
+# The kernel filters by the header of a request, such as the protocol of routes.
 _SOL_NETLINK, _GET_STRICT_CHECK = 270, 12
 _TIMEOUT_S = 5.0
 
@@ -55,17 +55,20 @@ class HostAddress(NamedTuple):
 
 
 class Interface(NamedTuple):
-    """An interface. ``kind``: as in ``ip link add type KIND``; "" for hardware. ``is_port``: it belongs to a bridge."""
+    """An interface.
+
+    ``kind``: as in ``ip link add type KIND``; "" for hardware. ``has_master``: it is a port of a bridge, bond or VRF.
+    """
 
     name: str
     flags: int
     group: int
     kind: str
-    is_port: bool
+    has_master: bool
     addresses: tuple[HostAddress, ...]
 
 
-class Route(NamedTuple):
+class HostRoute(NamedTuple):
     """A route. ``device``: "" if there is none, or several. ``source``: the address that is preferred, or ""."""
 
     destination: Network
@@ -121,7 +124,7 @@ def interfaces() -> list[Interface]:
     return listed
 
 
-def routes(family: Family, *, table: int = 0, protocol: int = 0, default_only: bool = False) -> list[Route]:
+def routes(family: Family, *, table: int = 0, protocol: int = 0, default_only: bool = False) -> list[HostRoute]:
     """Return the routes of *family*. *table*, *protocol*: only theirs, unless 0. *default_only*: only default routes.
 
     Raises:
@@ -136,7 +139,7 @@ def routes(family: Family, *, table: int = 0, protocol: int = 0, default_only: b
         destination, source = _network(family, its.get(_DESTINATION), length), its.get(_SOURCE)
         device, metric = name(_number(its, _DEVICE)), _number(its, _METRIC)
         text = netlink.ip_text(source) if source else ""
-        found.append(Route(destination, kind, _number(its, _TABLE), device, metric, text))
+        found.append(HostRoute(destination, kind, _number(its, _TABLE), device, metric, text))
     return found
 
 

@@ -5,7 +5,6 @@ They are read as kubectl reads them: ``scale deployment/web --replicas=3`` is th
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -51,20 +50,21 @@ class Request(NamedTuple):
         return next((self.options[name] for name in names if name in self.options), "")
 
     def selects(self, pod: SimulatedPod) -> bool:
-        """Return whether *pod* has one of the requested names and all requested labels (``NAME=VALUE,...``)."""
-        if self.names and not any(map(partial(self.means, pod.key.name), self.names)):
-            return False
+        """Return whether *pod* has all requested labels (``NAME=VALUE,...``)."""
         labels = (pod.plain or {}).get("metadata", {}).get("labels") or {}
         pairs = (pair.partition("=") for pair in self.option("-l", "--selector").split(",") if pair)
         return all(labels.get(name) == value.lstrip("=") for name, _, value in pairs)
 
-    def means(self, name: str, given: str) -> bool:
-        """Return whether *given* means the object *name*; to `describe`, the beginning of a name is enough."""
-        return name.startswith(given) if "--describe" in self.options else name == given
+    def named(self, found: list[_Named]) -> list[_Named]:
+        """Return those of *found* with a requested name, or all if no name is requested.
 
-    def nearest(self, found: list[_Named]) -> list[_Named]:
-        """Return those of *found* that have a requested name itself, or all of them if there is none."""
-        return [each for each in found if each.key.name in self.names] or found
+        To `describe`, the beginning of a name is enough if no object has that name itself.
+        """
+        if not self.names:
+            return found
+        exact = {each.key.name for each in found}.intersection(self.names)
+        beginnings = tuple(set(self.names) - exact) if "--describe" in self.options else ()
+        return [each for each in found if each.key.name in exact or each.key.name.startswith(beginnings)]
 
     def key(self, at: int = 0) -> NamespacedName:
         if len(self.names) <= at:
@@ -221,20 +221,16 @@ class Words:
         everywhere = bool(request.options.keys() & {"-A", "--all-namespaces"})
         if kind == "Pod":
             pods = [pod for pod in self._cluster.pods.values() if everywhere or pod.key.namespace == request.namespace]
-            pods = request.nearest([pod for pod in pods if request.selects(pod)])
+            pods = [pod for pod in request.named(pods) if request.selects(pod)]
             if pods and request.option("-o", "--output") in ("json", "yaml"):
                 return "\n---\n".join(pod.manifest() for pod in pods if pod.plain is not None)
             rows = [("NAME", "READY", "STATUS", "AGE", "IP"), *(_row(pod) for pod in pods)]
         else:
             found = [self._cluster.workload(key) for key in self._cluster.declared.workloads]
             found = [
-                one
-                for one in found
-                if one.kind == kind
-                and (everywhere or one.key.namespace == request.namespace)
-                and (not request.names or any(map(partial(request.means, one.key.name), request.names)))
+                one for one in found if one.kind == kind and (everywhere or one.key.namespace == request.namespace)
             ]
-            found = request.nearest(found)
+            found = request.named(found)
             rows = [("NAME", "READY"), *((one.key.name, f"{self._ready_of(one.key)}/{one.replicas}") for one in found)]
         if len(rows) == 1 and request.names and "--describe" in request.options:
             raise WordError(f"there is no {kind} {request.key()}")

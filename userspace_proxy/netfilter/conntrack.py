@@ -18,7 +18,7 @@ from userspace_proxy.host.tool import in_thread
 from userspace_proxy.model.endpoint import Address, Family, family_of
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
-from userspace_proxy.netfilter.nfnetlink import Entry, TcpState, delete_flows, entries
+from userspace_proxy.netfilter.nfnetlink import Entry, TcpState, delete_flows, read_entries
 from userspace_proxy.netlink import ip_text
 
 # The addresses that replies of a portal come from; (ANY_IP, port) matches that port of any address.
@@ -79,7 +79,7 @@ async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Famil
     forgotten = Counter[Family]()
     try:
         for family in sorted({portal.family for portal in changed}):
-            listed = entries(L4Protocol.UDP, family)  # read by the thread, as it may be long
+            listed = read_entries(L4Protocol.UDP, family)  # a generator: the thread reads it
             if flows := await in_thread(stale_flows, listed, changed):
                 forgotten[family] = await in_thread(delete_flows, L4Protocol.UDP, flows)
                 log.debug("forgot %d UDP flows of %d that went the old way", forgotten[family], len(flows))
@@ -95,7 +95,7 @@ async def forget_early_connections(portals: Collection[Portal]) -> None:
     """
     try:
         for family in sorted({portal.family for portal in portals}):
-            listed = entries(L4Protocol.TCP, family, TcpState.SYN_SENT)
+            listed = read_entries(L4Protocol.TCP, family, TcpState.SYN_SENT)
             if flows := await in_thread(untranslated, listed, portals):
                 deleted = await in_thread(delete_flows, L4Protocol.TCP, flows)
                 log.debug("forgot %d connections that began before their portal was served", deleted)
@@ -109,7 +109,7 @@ async def open_connections(portals: Iterable[Portal]) -> int:
     found = 0
     try:
         for family in sorted({portal.family for portal in led_anywhere}):
-            listed = entries(L4Protocol.TCP, family, TcpState.ESTABLISHED)
+            listed = read_entries(L4Protocol.TCP, family, TcpState.ESTABLISHED)
             found += len(await in_thread(stale_flows, listed, led_anywhere))
     except OSError as error:
         log.debug("open connections cannot be counted: %s", error)

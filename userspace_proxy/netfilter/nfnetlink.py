@@ -89,7 +89,7 @@ def is_dormant(table: str) -> bool:
     return any(int.from_bytes(each, "big") & _DORMANT for each in flags)
 
 
-def entries(protocol: L4Protocol, family: Family, state: TcpState | None = None) -> Iterator[Entry]:
+def read_entries(protocol: L4Protocol, family: Family, state: TcpState | None = None) -> Iterator[Entry]:
     """Yield the entries of conntrack of *protocol* and *family*; of TCP, those in *state*.
 
     Raises:

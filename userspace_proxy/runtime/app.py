@@ -282,7 +282,7 @@ class Proxy:
         await self._controller.attempted.wait()
         # Objects of now live long: keep the garbage collector from scanning them in every collection.
         gc.freeze()
-        gc.set_threshold(700, 10, 10)  # Python's own: `main` has raised it, for short commands
+        gc.set_threshold(700)  # the default of Python 3.11; `__main__` has raised it for short commands
         gc.enable()
         await self._controller.ready.wait()
         if self._tracker.node is None and (

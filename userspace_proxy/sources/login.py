@@ -36,9 +36,8 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_
 _USER_TIMEOUT_MS = 30_000
 # No total time-out: the reflector has its own time-outs, and a watch has no end.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
-# For reading the kubeconfig, and for the end of a credential plugin.
-_LOGIN_S = 20.0
-_PLUGIN_END_S = 1.0
+_LOGIN_S = 20.0  # to read the kubeconfig and to wait for a credential plugin
+_PLUGIN_END_S = 1.0  # from the kill of a plugin to the end of its output
 _WRITE_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 
 # Fields of a kubeconfig that name files.
@@ -198,7 +197,7 @@ class ApiTransport:
         contexts = [await run_in_thread("read kubeconfig", check) for check in checks]
         context = next(filter(None, contexts), None)  # the library's default is that of the last file
         exec_provider.asyncio = _ASYNCIO_OF_PLUGINS  # type: ignore[assignment,attr-defined]
-        plugins: list[asyncio.subprocess.Process] = []
+        plugins: list[_Plugin] = []
         _plugins.set(plugins)
         try:
             if not self._kubeconfigs:
@@ -220,8 +219,8 @@ class ApiTransport:
             # Files with keys and certificates of the kubeconfig. The HTTP client has read them, and the library would
             # only remove them at a regular exit.
             _cleanup_temp_files()
-            for plugin in plugins:
-                await _end(plugin)
+            for plugin, leads_a_group in plugins:
+                await _end(plugin, with_children=leads_a_group)
 
 
 async def _start_plugin(*command: str, **details: Any) -> asyncio.subprocess.Process:
@@ -231,7 +230,7 @@ async def _start_plugin(*command: str, **details: Any) -> asyncio.subprocess.Pro
         return await asyncio.shield(starting)
     finally:  # also if the login is given up just now
         with contextlib.suppress(Exception):
-            _plugins.get().append(await starting)
+            _plugins.get().append((await starting, apart))
 
 
 def _has_terminal() -> bool:
@@ -243,28 +242,33 @@ def _has_terminal() -> bool:
     return True
 
 
-async def _end(plugin: asyncio.subprocess.Process) -> None:
-    """End *plugin* and its children if its output was not read to its end: the login was given up.
+async def _end(plugin: asyncio.subprocess.Process, *, with_children: bool) -> None:
+    """End *plugin*, unless it has exited and its output was read to the end.
 
-    It may have exited, and a child has its pipes. Where it shares this process's terminal, its children stay.
+    *with_children*: it leads a process group of its own. It may have exited while a child holds its output.
     """
     pipes = (plugin.stdout, plugin.stderr)
     if plugin.returncode is not None and all(pipe is None or pipe.at_eof() for pipe in pipes):
         return
     with contextlib.suppress(OSError):  # it is gone, or another user's (sudo)
-        if _has_terminal():
-            plugin.kill()
-        else:
+        if with_children:
             os.killpg(plugin.pid, signal.SIGKILL)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_PLUGIN_END_S):
-            await plugin.communicate()
-    # The pipes of a process that cannot be ended are closed, too; there is no public way.
-    plugin._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001
+        else:
+            plugin.kill()
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PLUGIN_END_S):
+                await plugin.communicate()
+    finally:  # Python 3.11 raises CancelledError at the time-out, if this task is cancelled
+        # A process that cannot be ended has the pipes. There is no public way to close them.
+        with contextlib.suppress(OSError):
+            plugin._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001
 
 
-# The credential plugins of the login under way; the library leaves one that hangs running.
-_plugins: ContextVar[list[asyncio.subprocess.Process]] = ContextVar("plugins")
+# The credential plugins of the login under way, and whether each leads a process group. The library leaves one that
+# hangs running.
+_Plugin = tuple[asyncio.subprocess.Process, bool]
+_plugins: ContextVar[list[_Plugin]] = ContextVar("plugins")
 _ASYNCIO_OF_PLUGINS = SimpleNamespace(
     create_subprocess_exec=_start_plugin, subprocess=asyncio.subprocess, get_event_loop=asyncio.get_event_loop
 )

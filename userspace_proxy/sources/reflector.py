@@ -88,7 +88,10 @@ class _CutError(FollowError):
 
 
 class _SilenceError(FollowError):
-    """The connection is open but silent. Only a message ends this state, not a new connection."""
+    """The connection is open but silent.
+
+    A message ends this state, or an accepted watch that lasts and is then cut. A new connection alone does not.
+    """
 
 
 @dataclass(slots=True)

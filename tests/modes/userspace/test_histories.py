@@ -245,7 +245,7 @@ async def live_through(run: Run, history: list[Step]) -> None:
 @pytest.fixture(scope="module", params=[uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
 def runner(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
     with asyncio.Runner(loop_factory=request.param) as runner, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conntrack, "entries", lambda *_: ())
+        patch.setattr(conntrack, "read_entries", lambda *_: ())
         patch.setattr(plane, "KernelTables", EmptyTables)
         yield runner
 
