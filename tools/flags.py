@@ -24,7 +24,9 @@ _HEAD = """\
 
 def page() -> str:
     """Return the page: a section for each command, an item for each of its flags."""
-    sections = (section for name in sorted(commands.commands) for section in _section(name, commands.commands[name]))
+    context = click.Context(commands)
+    found = ((name, commands.get_command(context, name)) for name in sorted(commands.list_commands(context)))
+    sections = (section for name, command in found if command for section in _section(name, command))
     return "\n".join([_HEAD, *sections])
 
 

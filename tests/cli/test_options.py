@@ -10,9 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from tools.flags import page
-from userspace_proxy.cli import commands
-from userspace_proxy.cli.options import HELP_WIDTH
-from userspace_proxy.cli.run import settings_from
+from userspace_proxy.cli import HELP_WIDTH, commands
+from userspace_proxy.cli.run import run, settings_from
 from userspace_proxy.config.kubeproxy_config import CONFIGURATION
 from userspace_proxy.config.settings import SETTINGS, Settings
 
@@ -46,7 +45,7 @@ def given(name: str) -> list[str]:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_reached_by_its_flag_and_by_no_other(name: str) -> None:
     paths = [] if name in ("kubeconfig", "in_cluster") else ["services.yaml"]
-    options = commands.commands["run"].make_context("run", [*paths, *given(name)]).params
+    options = run.make_context("run", [*paths, *given(name)]).params
     told = settings_from(options.pop("configuration"), options)
 
     assert told != dataclasses.replace(told, **{name: getattr(Settings(), name)}), "it is changed"
@@ -70,7 +69,7 @@ def test_help_has_one_line_for_each_setting_and_the_reference_has_an_item(comman
 @pytest.mark.parametrize("arguments", [["--dns", "a.yaml"], ["a.yaml", "--dns"], ["a.yaml", "--dns", "--verbose"]])
 def test_dns_without_an_address_is_at_the_tenth_of_each_range(arguments: list[str]) -> None:
     ranges = ["--service-cluster-ip-range", "10.96.0.0/16,fd00::/112"]
-    options = commands.commands["run"].make_context("run", [*arguments, *ranges]).params
+    options = run.make_context("run", [*arguments, *ranges]).params
     told = settings_from(options.pop("configuration"), options)
 
     assert (told.paths, told.dns_addresses) == (("a.yaml",), ("10.96.0.10", "fd00::a"))

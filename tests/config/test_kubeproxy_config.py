@@ -13,8 +13,7 @@ import click
 import pytest
 
 from tools.flags import with_fields
-from userspace_proxy.cli import commands
-from userspace_proxy.cli.run import settings_from
+from userspace_proxy.cli.run import run, settings_from
 from userspace_proxy.config.kubeproxy_config import Configuration, read_configuration
 from userspace_proxy.config.settings import SETTINGS, Settings
 from userspace_proxy.errors import StartError
@@ -101,7 +100,7 @@ def read(tmp_path: Path, text: str) -> Configuration:
 
 def settings(*arguments: str) -> Settings:
     """Return the settings of `run` with these arguments."""
-    options: dict[str, Any] = commands.commands["run"].make_context("run", list(arguments)).params
+    options: dict[str, Any] = run.make_context("run", list(arguments)).params
     return settings_from(options.pop("configuration"), options)
 
 

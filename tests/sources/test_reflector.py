@@ -113,6 +113,11 @@ class Follower:
                     await asyncio.wait_for(self._heard.wait(), 0.01)
                 self._heard.clear()
 
+    async def has_stood(self) -> None:
+        """Wait until the watch has lasted for as long as a good one does."""
+        await self.until(lambda: self.server.watching[SERVICES] > 0)
+        await asyncio.sleep(2 * QUICK.good_s)
+
     @property
     def truth(self) -> dict[str, int]:
         return {name: o["spec"]["ports"][0]["port"] for (_, name), o in self.server.kinds[SERVICES].objects.items()}
@@ -266,7 +271,7 @@ async def test_a_balancer_that_cuts_quiet_watches_again_and_again_is_no_failure(
     async with following(server) as follower:
         stats = follower.reflector.stats
         for name in "abc":
-            await asyncio.sleep(2 * QUICK.good_s)
+            await follower.has_stood()
             restarts = stats.restarts
             server.cut()
             await follower.until(lambda restarts=restarts: stats.restarts > restarts)  # type: ignore[misc]
@@ -368,8 +373,7 @@ async def test_expired_credentials_are_distinguished_from_a_server_that_is_down(
     server.token = "first"
     async with following(server, listed=False) as follower:
         follower.transport.token = "first"
-        await follower.until(lambda: follower.batches > 0)
-        await asyncio.sleep(QUICK.good_s)
+        await follower.has_stood()
         waits = len(follower.waits)
         server.token = follower.transport.token = "second"
         server.refusals.append(Refusal(401))

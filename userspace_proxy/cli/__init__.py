@@ -6,35 +6,55 @@ Code 1 comes with one line on stderr. A command imports what it runs only when i
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 import click
 
 from userspace_proxy import __version__
-from userspace_proxy.cli.ask import describe, get, why
-from userspace_proxy.cli.check import check
-from userspace_proxy.cli.cleanup import cleanup
-from userspace_proxy.cli.compare import compare
-from userspace_proxy.cli.demo import demo
-from userspace_proxy.cli.forward import forward
-from userspace_proxy.cli.lab import lab
-from userspace_proxy.cli.names import env, names
-from userspace_proxy.cli.options import HELP_WIDTH
-from userspace_proxy.cli.render import render
-from userspace_proxy.cli.run import run
-from userspace_proxy.cli.trace import trace
+
+HELP_WIDTH = 120  # columns outside of a terminal
+
+# Command -> module, in the order of the help.
+_COMMANDS = {
+    "run": "run",
+    "get": "ask",
+    "describe": "ask",
+    "why": "ask",
+    "check": "check",
+    "render": "render",
+    "forward": "forward",
+    "env": "names",
+    "names": "names",
+    "lab": "lab",
+    "demo": "demo",
+    "compare": "compare",
+    "trace": "trace",
+    "cleanup": "cleanup",
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH + 2})
+class _Commands(click.Group):
+    """Imports a command when it is asked for: all of them take as long as a short command."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"{__name__}.{_COMMANDS[cmd_name]}"), cmd_name)
+        return command
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH + 2}
+)
 @click.version_option(__version__, "--version", prog_name="userspace-proxy", message="%(prog)s %(version)s")
 def commands() -> None:
     """A userspace-mode Kubernetes service proxy.
 
     No client sees a dead backend, and the proxy can say why it chose what it chose.
     """
-
-
-for _command in (run, get, describe, why, check, render, forward, env, names, lab, demo, compare, trace, cleanup):
-    commands.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import click
 from userspace_proxy.cli.options import Value, fails_on
 from userspace_proxy.config.settings import SETTINGS
 from userspace_proxy.errors import StartError
+from userspace_proxy.lab import enter_namespaces
 
 _SEPARATOR = "--"
 
@@ -38,8 +39,9 @@ def lab(ctx: click.Context, paths: tuple[str, ...], proxy_mode: str) -> None:
     """
     arguments, command = ctx.obj
     with fails_on(StartError):
+        enter_namespaces(["lab", *arguments], {"ip": "iproute2", "nft": "nftables"})
+
         from userspace_proxy.lab import shell
 
-        shell.enter(arguments)
         code = shell.run(paths, command, proxy_mode)
     sys.exit(code)

@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
+from userspace_proxy.cli import HELP_WIDTH
 from userspace_proxy.config.kinds import Kind
 from userspace_proxy.config.settings import SETTINGS, Setting, Settings
 from userspace_proxy.printable import printable
 
-HELP_WIDTH = 120
 _NARROW_COLUMN, _WIDE_COLUMN = 30, 48  # where texts begin in help
 
 

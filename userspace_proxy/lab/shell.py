@@ -18,7 +18,7 @@ from pathlib import Path
 from userspace_proxy.config.settings import MODE_NAMES, Settings
 from userspace_proxy.control.pod_names import environment
 from userspace_proxy.errors import StartError
-from userspace_proxy.lab import NODE_IP, Lab, ServiceLab, build_service_lab, enter_namespaces, prepare, start_proxy
+from userspace_proxy.lab import NODE_IP, Lab, ServiceLab, build_service_lab, prepare, start_proxy
 from userspace_proxy.lab.cluster import Cluster, check_paths
 from userspace_proxy.lab.words import NO_MODE, WordError, Words
 from userspace_proxy.lab.workloads import NODE_NAME
@@ -39,15 +39,6 @@ _SCRIPTS = (
 _WELCOME = """\
 A client, and a node with the proxy in {mode} mode. Try: get pods, get services, curl http://NAME, lab-help
 """
-
-
-def enter(arguments: Sequence[str]) -> None:
-    """Replace this process by the lab in new namespaces, unless it already runs in them.
-
-    Raises:
-        StartError: namespaces are forbidden here, or a tool is missing.
-    """
-    enter_namespaces(["lab", *arguments], {"ip": "iproute2", "nft": "nftables"})
 
 
 def run(paths: Sequence[str], command: Sequence[str], mode: str) -> int:

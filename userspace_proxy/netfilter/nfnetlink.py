@@ -5,7 +5,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ NFTABLES = 10 << 8
 _NEWTABLE, _GETTABLE = NFTABLES, NFTABLES | 1
 _NEWRULE, _GETRULE = NFTABLES | 6, NFTABLES | 7
 _TABLE_FLAGS, _DORMANT = 2, 1
-FAMILIES = {"inet": 1, "bridge": 7}
+FAMILIES = {"inet": 1, "ip": 2, "bridge": 7, "ip6": 10}
 ATTR_TABLE = 1  # the first attribute of every message about a table, chain, rule, set or element
 # linux/netfilter/nfnetlink_conntrack.h
 _CT_GET, _CT_DELETE = 1 << 8 | 1, 1 << 8 | 2
@@ -81,12 +81,24 @@ def is_dormant(table: str) -> bool:
         OSError: the kernel refused the request.
     """
     family, _, name = table.partition(" ")
+    return bool(_table_flags(family).get(name, 0) & _DORMANT)
+
+
+def table_names(family: str) -> Collection[str]:
+    """Return the names of the tables of *family*: inet, ip, ip6 or bridge.
+
+    Raises:
+        OSError: the kernel refused the request.
+    """
+    return _table_flags(family)
+
+
+def _table_flags(family: str) -> dict[str, int]:
     body = struct.pack("=BBH", FAMILIES[family], 0, 0)
     with netlink.open_socket(netlink.NETFILTER, _TIMEOUT_S) as sock:
         found = list(netlink.dump(sock, netlink.message(_GETTABLE, netlink.REQUEST | netlink.DUMP, body)))
-    tables = (dict(netlink.attributes(body[4:])) for kind, body in found if kind == _NEWTABLE)
-    flags = (each[_TABLE_FLAGS] for each in tables if each[ATTR_TABLE] == name.encode() + b"\0")
-    return any(int.from_bytes(each, "big") & _DORMANT for each in flags)
+    tables = (dict(netlink.attributes(body[_NFGENMSG_BYTES:])) for kind, body in found if kind == _NEWTABLE)
+    return {each[ATTR_TABLE].rstrip(b"\0").decode(): int.from_bytes(each[_TABLE_FLAGS], "big") for each in tables}
 
 
 def read_entries(protocol: L4Protocol, family: Family, state: TcpState | None = None) -> Iterator[Entry]:

@@ -201,10 +201,10 @@ class IptablesTables(XtablesRules):
         self._families, self._is_node_set = [], False
         self._rejected, self._are_exceptions_known = {}, False
         await discard_routes.except_addresses(())
-        self._is_legacy = is_installed("iptables") and await xtables.is_legacy()
-        for family, tool in xtables.installed_families():
-            if (saved := await _saved(family, tool)) is None:
+        for family, tool in xtables.families_in_use():
+            if not (saved := await _saved(family, tool)):
                 continue
+            self._is_legacy = is_installed("iptables") and await xtables.is_legacy()
             with self._watch.quiet():
                 await xtables.restore(tool, kube_tables.removal(saved, self._at_once))
             if kube_tables.is_noted(_LOCALNET_NOTE, saved):

@@ -109,7 +109,7 @@ class IptablesKernel(_WithReplyRoutes, XtablesRules):
         self._held = None
         self._loaded = {}
         with self._watch.quiet():
-            for _, tool in xtables.installed_families():
+            for _, tool in xtables.families_in_use():
                 await xtables.restore(tool, iptables.removal(await xtables.save(tool)))
 
     async def _are_loaded(self) -> bool:
