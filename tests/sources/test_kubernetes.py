@@ -381,6 +381,25 @@ async def test_the_output_of_a_child_that_cannot_be_ended_is_closed(
         os.kill(int(pids.read_text().split()[1]), signal.SIGKILL)
 
 
+@pytest.mark.parametrize("command", [["run"], ["forward", "svc/web", "8080:80"]])
+async def test_a_stop_during_a_login_ends_process_and_plugin_at_once(command: list[str], tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    config = kubeconfig(tmp_path, "http://127.0.0.1:1", hanging_plugin(tmp_path, "wait", pids))
+    arguments = [sys.executable, "-m", "userspace_proxy", *command, "--kubeconfig", str(config)]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not pids.exists():
+                    await asyncio.sleep(0.01)
+            process.terminate()
+            _, told = process.communicate(timeout=login._LOGIN_S / 2)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert "Traceback" not in told
+    await ended(pids)
+
+
 async def test_at_a_terminal_a_plugin_may_ask_there_and_ctrl_c_ends_it(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     user = hanging_plugin(tmp_path, "exec 3</dev/tty || kill $!\nwait", pids)

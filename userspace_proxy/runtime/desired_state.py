@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from userspace_proxy.api.events import EventType
 from userspace_proxy.config.settings import DEFAULT_STATE_DIR, Settings
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 _STATE_FILE = "cluster-state"
 
+_Result = TypeVar("_Result")
+
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +57,22 @@ async def open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> t
     if settings.cache_state:
         source = CachedSource(source, _cache_settings(settings, f"{identity} on node {settings.node_name}"))
     return source, [identity], EventRecorder(transport.write, settings.node_name)
+
+
+async def unless_stopped(stop: asyncio.Event, opening: Coroutine[object, object, _Result]) -> _Result:
+    """Return the result of *opening*; end this process if *stop* is set before: a credential plugin may hang."""
+    opened = asyncio.create_task(opening, name="open source")
+    stopped = asyncio.create_task(stop.wait(), name="stop")
+    try:
+        await asyncio.wait([opened, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if not opened.done():
+            log.info("stopped before the login was complete")
+            sys.exit()
+        return opened.result()
+    finally:
+        opened.cancel()
+        stopped.cancel()
+        await asyncio.wait([opened, stopped])
 
 
 async def open_services(

@@ -40,7 +40,7 @@ from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints, usable_endpoints
 from userspace_proxy.model.watch_stats import WatchStats
 from userspace_proxy.probes.filter import HealthFilter
-from userspace_proxy.runtime.desired_state import open_services
+from userspace_proxy.runtime.desired_state import open_services, unless_stopped
 
 # A Service's own addresses have no meaning here. These stand for them (RFC 5737, RFC 3849), one of each family.
 _NO_IPS = ["192.0.2.1", "2001:db8::1"]
@@ -311,9 +311,8 @@ async def forward(request: ForwardRequest, say: Callable[[str], None]) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        source = ServiceSource(
-            await open_services(request.paths, request.kubeconfig, request.service, stack), request.service
-        )
+        opening = open_services(request.paths, request.kubeconfig, request.service, stack)
+        source = ServiceSource(await unless_stopped(stop, opening), request.service)
         plane = LocalPlane(Limits(), recorder(None, verbose=request.verbose))
         stack.push_async_callback(plane.close, 0.0)
         forwarder = Forwarder(request, plane, say)

@@ -36,7 +36,7 @@ from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes.mode import Mode, PreparedMode
 from userspace_proxy.modes.plans import NodeRules
-from userspace_proxy.runtime.desired_state import open_source, open_state_dir
+from userspace_proxy.runtime.desired_state import open_source, open_state_dir, unless_stopped
 from userspace_proxy.runtime.instance_lock import InstanceLock, check_take_over, end_orphans, take_lock
 from userspace_proxy.runtime.lifecycle import Lifecycle, is_dry_run
 from userspace_proxy.runtime.node_network import tune_conntrack, widen_queues
@@ -96,7 +96,7 @@ async def set_up_node(
         raise StartError(str(error)) from None
     if (obstacle := prepared.transparent_obstacle) and settings.source_ip is SourceIP.TRANSPARENT:
         raise StartError(f"--source-ip transparent: clients' addresses cannot be kept on this node: {obstacle}")
-    source, sources, events = await open_source(settings, stack)
+    source, sources, events = await unless_stopped(lifecycle.stop, open_source(settings, stack))
     state_dir = open_state_dir(settings.state_dir)
     workers = 0 if mode.kernel_serves else settings.workers
     if is_dry_run():
