@@ -109,7 +109,8 @@ def read_entries(protocol: L4Protocol, family: Family, state: TcpState | None = 
     """
     wanted, direction = _IP_PROTOCOLS[protocol], _DIRECTION[family]
     number = attribute(_TUPLE_PROTO | NESTED, attribute(_PROTOCOL, bytes((wanted,))))
-    # The kernel lists only entries of the protocol, from Linux 5.8 on; before, it lists all.
+    # The kernel lists only entries of the protocol, from Linux 5.8 on; before, it lists all. Such a question is refused
+    # (EOPNOTSUPP) without a family, so that both families take two walks through its whole table.
     question = (
         bytes((ADDRESS_FAMILIES[family], 0, 0, 0))
         + attribute(_TUPLE_ORIG | NESTED, number)
