@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from userspace_proxy.cli import commands
+from userspace_proxy.cli import COMMANDS, load
 from userspace_proxy.config.settings import SETTINGS
 
 _HEAD = """\
@@ -24,9 +24,7 @@ _HEAD = """\
 
 def page() -> str:
     """Return the page: a section for each command, an item for each of its flags."""
-    context = click.Context(commands)
-    found = ((name, commands.get_command(context, name)) for name in sorted(commands.list_commands(context)))
-    sections = (section for name, command in found if command for section in _section(name, command))
+    sections = (section for name in sorted(COMMANDS) for section in _section(name, load(name)))
     return "\n".join([_HEAD, *sections])
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import msgspec
 import pytest
 from click.testing import CliRunner
 
 from tools.flags import page
-from userspace_proxy.cli import HELP_WIDTH, commands
+from userspace_proxy.cli import COMMANDS, HELP_WIDTH, commands
 from userspace_proxy.cli.run import run, settings_from
 from userspace_proxy.config.kubeproxy_config import CONFIGURATION
 from userspace_proxy.config.settings import SETTINGS, Settings
@@ -106,3 +108,13 @@ def test_a_wrong_value_of_a_flag_is_a_usage_error_that_says_what_to_write(argume
 
     assert done.exit_code == 2
     assert said in done.output
+
+
+@pytest.mark.parametrize("name", ["run", "check", "render", "forward", "lab", "demo", "cleanup"])
+def test_a_command_imports_no_other_one(name: str) -> None:
+    code = f"import sys; from userspace_proxy.cli import load; load({name!r}); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+    package = "userspace_proxy.cli."
+    files = {module.removeprefix(package) for module in loaded if module.startswith(package)}
+    assert files & {*COMMANDS.values()} == {COMMANDS[name]}

@@ -1157,7 +1157,7 @@ def test_the_services_of_another_proxys_name_are_checked_for_that_proxy() -> Non
 
 
 def test_run_does_not_load_the_contract() -> None:
-    code = "import sys; import userspace_proxy.runtime.app, userspace_proxy.cli; print(*sys.modules)"
+    code = "import sys; import userspace_proxy.runtime.app, userspace_proxy.cli.run; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
     assert "userspace_proxy.control.tracker" in loaded

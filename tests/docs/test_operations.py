@@ -8,12 +8,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import click
 import pytest
 import yaml
 
 from tests.admin.scrape import every_metric
-from userspace_proxy.cli import commands
+from userspace_proxy.cli import COMMANDS, load
 from userspace_proxy.cli.options import settings_of
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +30,7 @@ def unit_lines(key: str) -> list[str]:
 def test_the_unit_starts_what_the_command_line_takes() -> None:
     (command,) = unit_lines("ExecStart")
     _, name, *arguments = shlex.split(command)
-    run = commands.commands[name]
+    run = load(name)
 
     assert run.make_context("run", list(arguments)).params["paths"] == ("/etc/userspace-proxy",)
 
@@ -50,7 +49,7 @@ def test_the_daemon_sets_start_what_the_command_line_takes(variant: str, health_
     (container,) = pod["containers"]
     command, *arguments = container["args"]
 
-    given = settings_of(commands.commands[command].make_context(command, list(arguments)).params)
+    given = settings_of(load(command).make_context(command, list(arguments)).params)
     assert (given.in_cluster, given.hostname_override) == (True, "$(NODE_NAME)")
     assert given.healthz_bind_address.endswith(f":{health_port}")
     assert {container[probe]["httpGet"]["port"] for probe in ("livenessProbe", "readinessProbe")} == {health_port}
@@ -91,8 +90,7 @@ def test_every_metric_that_is_named_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_that_is_named_exists(page: Path) -> None:
-    known = {option for command in commands.commands.values() for p in command.params for option in p.opts}
+    known = {option for name in COMMANDS for p in load(name).params for option in p.opts}
 
     for option in re.findall(r"`(--[a-z][a-z-]*)", page.read_text()):
         assert option in known | FOREIGN, option
-    assert isinstance(commands, click.Group)

@@ -644,7 +644,7 @@ async def test_in_cluster_outside_of_a_pod_is_an_error(monkeypatch: pytest.Monke
 
 
 def test_serving_files_imports_no_cluster_library() -> None:
-    code = "import sys; import userspace_proxy.runtime.app, userspace_proxy.cli; print(*sys.modules)"
+    code = "import sys; import userspace_proxy.runtime.app, userspace_proxy.cli.run; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
     assert "userspace_proxy.sources.files" in loaded

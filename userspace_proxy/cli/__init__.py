@@ -15,7 +15,7 @@ from userspace_proxy import __version__
 HELP_WIDTH = 120  # columns outside of a terminal
 
 # Command -> module, in the order of the help.
-_COMMANDS = {
+COMMANDS = {
     "run": "run",
     "get": "ask",
     "describe": "ask",
@@ -37,13 +37,16 @@ class _Commands(click.Group):
     """Imports a command when it is asked for: all of them take as long as a short command."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        command: click.Command = getattr(import_module(f"{__name__}.{_COMMANDS[cmd_name]}"), cmd_name)
-        return command
+        return load(cmd_name) if cmd_name in COMMANDS else None
+
+
+def load(name: str) -> click.Command:
+    """Import the command *name*. Raises KeyError."""
+    command: click.Command = getattr(import_module(f"{__name__}.{COMMANDS[name]}"), name)
+    return command
 
 
 @click.group(
