@@ -30,7 +30,7 @@ from tests.dataplane.world import (
 )
 from tests.ends import open_descriptors, until
 from tests.fakes import FakeClock
-from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.connections import Connections, Limits
 from userspace_proxy.dataplane.datagrams import DatagramPoller, Leased
 from userspace_proxy.dataplane.dial import DIALS_MAX
 from userspace_proxy.dataplane.groups import open_group
@@ -40,7 +40,7 @@ from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.listeners import Backends as PlaneBackends
 from userspace_proxy.model.listeners import ListenerSpec
-from userspace_proxy.model.names import L4Protocol, ListenerName, Scope
+from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
 from userspace_proxy.model.service import Balance
 
 # The idle time-out is not what is tested with it: it only makes the plane look at its flows 60 times a second.
@@ -834,6 +834,34 @@ async def test_each_endpoint_has_the_flows_that_came_to_it(plane: Plane, backend
     await plane.use(b.endpoint)
     assert list(await plane.of_endpoints(UDP_NAME)) == [b.endpoint.address], "its flows have ended with it"
     assert (await plane.counters(UDP_NAME)).bytes_to_backends == 30
+
+
+async def test_short_of_descriptors_the_service_with_the_most_flows_gives_them_up(
+    backends: Backends, clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flows of another Service, to another endpoint, stay: they once evicted each other."""
+    a, b = backends
+    async with running_plane() as plane:
+        name = ServicePortName(UDP_NAME.service, "other", L4Protocol.UDP)
+        other = ListenerSpec(replace(plane.specs[1].service_port, name=name), UDP_PORT + 1)
+        assert await plane.local.open([other]) == {}
+        await plane.use(a.endpoint)
+        await plane.local.update({ListenerName(name): PlaneBackends((b.endpoint,), (b.endpoint,))})
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                stack.enter_context(Client()).ask()
+                await a.receive()
+            monkeypatch.setattr(Connections, "fits", lambda *_: len(plane.local._datagrams) < 20)
+            few = [stack.enter_context(Client(port=UDP_PORT + 1)) for _ in range(3)]
+            flows = []
+            for client in few:
+                client.ask()
+                flows.append((await b.receive())[1])
+            for client, flow in zip(few, flows, strict=True):
+                client.ask()
+                assert (await b.receive())[1] == flow
+        assert (await plane.counters(UDP_NAME)).flows_evicted == 3
+        assert (await plane.counters(name)).flows_evicted == 0
 
 
 async def test_no_descriptor_is_left_after_many_flows(backends: Backends) -> None:

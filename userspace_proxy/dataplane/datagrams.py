@@ -175,6 +175,7 @@ class DatagramPoller:
         self._epoll = select.epoll()
         self._fronts: dict[int, UdpListener] = {}
         self.proxy_ports: set[int] = set()
+        self.biggest: UdpListener | None = None  # the front with the most flows, as far as new flows tell
         self._flows: dict[int, UdpFlow] = {}
         self.spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SPARE_PART
         self._rest_s = max(port_rest_s, _REST_MIN_S)
@@ -210,6 +211,8 @@ class DatagramPoller:
         if self._fronts.pop(front.fd, None) is not None:
             self._epoll.unregister(front.fd)
             self.proxy_ports.discard(front.spec.proxy_port)
+        if front is self.biggest:
+            self.biggest = max(self._fronts.values(), key=lambda each: each.size, default=None)
 
     # ---- sockets of flows
 
@@ -300,6 +303,9 @@ class DatagramPoller:
         """Forward the replies that arrive at *flow* of *client*."""
         self._flows[flow.sock.fileno()] = flow
         flow.destination.join(flow, client)
+        assert flow.front is not None
+        if self.biggest is None or flow.front.size > self.biggest.size:
+            self.biggest = flow.front
 
     def has_rested(self, flow: UdpFlow, destination: Destination, source: str) -> bool:
         """Return whether the socket of *flow* may be reused at once for a flow to *destination* from *source*."""

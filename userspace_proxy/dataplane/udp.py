@@ -66,6 +66,11 @@ class UdpListener(BaseListener):
         self.picker.set_endpoints(backends.usable)
         self._serving = frozenset(e.address for e in backends.serving)
 
+    @property
+    def size(self) -> int:
+        """Return the number of flows."""
+        return len(self._flows)
+
     def flows(self) -> list[UdpFlow]:
         """Return the flows, least recently used first. Of thousands, the event loop does a part at a time."""
         return list(self._flows.values())
@@ -245,7 +250,13 @@ class UdpListener(BaseListener):
     def _evict_at_limit(
         self, destination: Destination, client: bytes, source: str, *, by_asking: bool
     ) -> Leased | None:
-        """Evict a flow: there are too many, or too few descriptors. Return its socket if that can be reused."""
+        """Evict a flow: there are too many, or too few descriptors. Return its socket if that can be reused.
+
+        Descriptors are shared by all service ports, so the one that has the most flows gives one up.
+        """
+        biggest = self._datagrams.biggest
+        if by_asking and biggest is not None and biggest.size > self.size:
+            return biggest.evict(next(iter(biggest._flows.values())), destination, source)  # noqa: SLF001 - of this class
         oldest = destination.oldest(client, by_asking=by_asking)
         if oldest is None or oldest.front is not self:
             oldest = next(iter(self._flows.values()), None)
