@@ -70,7 +70,7 @@ compare: ## all modes side by side, 10 minutes, and a report in compare.html; AR
 	@tools/setup $(VENV) $(BENCH_TOOLS)
 	@exec $(BIN)/userspace-proxy compare --html compare.html $(ARGS)
 
-bench: ## beside HAProxy, nginx and kernel DNAT, 12 minutes; ARGS="--docs docs/explanation/performance.md" writes that page's figures
+bench: ## beside HAProxy, nginx and kernel DNAT, 17 minutes; ARGS="--docs docs/explanation/performance.md" writes that page's figures
 	@tools/setup $(VENV) $(BENCH_TOOLS)
 	@timeout 2400 $(BIN)/python -m benchmarks.compare $(ARGS)
 
