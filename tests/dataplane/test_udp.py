@@ -837,7 +837,7 @@ async def test_each_endpoint_has_the_flows_that_came_to_it(plane: Plane, backend
 
 
 async def test_short_of_descriptors_the_service_with_the_most_flows_gives_them_up(
-    backends: Backends, clients: Clients, monkeypatch: pytest.MonkeyPatch
+    backends: Backends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flows of another Service, to another endpoint, stay: they once evicted each other."""
     a, b = backends
@@ -848,10 +848,13 @@ async def test_short_of_descriptors_the_service_with_the_most_flows_gives_them_u
         await plane.use(a.endpoint)
         await plane.local.update({ListenerName(name): PlaneBackends((b.endpoint,), (b.endpoint,))})
         with contextlib.ExitStack() as stack:
+            quiet = stack.enter_context(Client(source=CLIENT_IPS[0]))
+            quiet.ask()
+            _, waiting = await a.receive()
             for _ in range(20):
-                stack.enter_context(Client()).ask()
+                stack.enter_context(Client(source=CLIENT_IPS[1])).ask()
                 await a.receive()
-            monkeypatch.setattr(Connections, "fits", lambda *_: len(plane.local._datagrams) < 20)
+            monkeypatch.setattr(Connections, "fits", lambda *_: len(plane.local._datagrams) < 21)
             few = [stack.enter_context(Client(port=UDP_PORT + 1)) for _ in range(3)]
             flows = []
             for client in few:
@@ -860,6 +863,8 @@ async def test_short_of_descriptors_the_service_with_the_most_flows_gives_them_u
             for client, flow in zip(few, flows, strict=True):
                 client.ask()
                 assert (await b.receive())[1] == flow
+            a.answer(b"still there", waiting)
+            assert (await quiet.receive())[0] == b"still there"
         assert (await plane.counters(UDP_NAME)).flows_evicted == 3
         assert (await plane.counters(name)).flows_evicted == 0
 

@@ -71,6 +71,10 @@ class UdpListener(BaseListener):
         """Return the number of flows."""
         return len(self._flows)
 
+    def least_recent(self) -> UdpFlow | None:
+        """Return the flow that was used least recently, by either side."""
+        return next(iter(self._flows.values()), None)
+
     def flows(self) -> list[UdpFlow]:
         """Return the flows, least recently used first. Of thousands, the event loop does a part at a time."""
         return list(self._flows.values())
@@ -254,13 +258,13 @@ class UdpListener(BaseListener):
 
         Descriptors are shared by all service ports, so the one that has the most flows gives one up.
         """
-        biggest = self._datagrams.biggest
-        if by_asking and biggest is not None and biggest.size > self.size:
-            return biggest.evict(next(iter(biggest._flows.values())), destination, source)  # noqa: SLF001 - of this class
-        oldest = destination.oldest(client, by_asking=by_asking)
-        if oldest is None or oldest.front is not self:
-            oldest = next(iter(self._flows.values()), None)
-        return None if oldest is None else self.evict(oldest, destination, source)
+        front, among, biggest = self, destination, self._datagrams.biggest
+        if by_asking and biggest is not None and biggest.size > self.size and (flow := biggest.least_recent()):
+            front, among = biggest, flow.destination
+        oldest = among.oldest(client, by_asking=by_asking)
+        if oldest is None or oldest.front is not front:
+            oldest = front.least_recent()
+        return None if oldest is None else front.evict(oldest, destination, source)
 
     def evict(self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool = False) -> Leased | None:
         rested = self._datagrams.has_rested(flow, destination, source)

@@ -98,7 +98,10 @@ def _table_flags(family: str) -> dict[str, int]:
     with netlink.open_socket(netlink.NETFILTER, _TIMEOUT_S) as sock:
         found = list(netlink.dump(sock, netlink.message(_GETTABLE, netlink.REQUEST | netlink.DUMP, body)))
     tables = (dict(netlink.attributes(body[_NFGENMSG_BYTES:])) for kind, body in found if kind == _NEWTABLE)
-    return {each[ATTR_TABLE].rstrip(b"\0").decode(): int.from_bytes(each[_TABLE_FLAGS], "big") for each in tables}
+    return {
+        each[ATTR_TABLE].rstrip(b"\0").decode(errors="replace"): int.from_bytes(each[_TABLE_FLAGS], "big")
+        for each in tables
+    }
 
 
 def read_entries(protocol: L4Protocol, family: Family, state: TcpState | None = None) -> Iterator[Entry]:
